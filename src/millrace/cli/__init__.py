@@ -1,0 +1,1 @@
+"""The command line: derived from the operation table, plus the short verbs."""

@@ -1,0 +1,1 @@
+"""The Python SDK over a Transport, and tracking from user code."""

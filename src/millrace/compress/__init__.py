@@ -1,0 +1,1 @@
+"""Smaller variants, each under a guarantee."""

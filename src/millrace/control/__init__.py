@@ -1,0 +1,1 @@
+"""Operations: dispatch, pipeline, journal, registry, report."""

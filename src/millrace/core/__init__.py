@@ -1,0 +1,1 @@
+"""Types, ports, spec, errors: what everything else is made of."""

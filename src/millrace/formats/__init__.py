@@ -1,0 +1,1 @@
+"""What things are on disk, and how to open and time them."""

@@ -1,0 +1,44 @@
+"""A model's signature: named tensors with dtypes, shapes and what they mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Dtype = Literal["float32", "float64", "int8", "uint8", "int32", "int64", "bool", "string"]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor. `shape[0]` is -1: any number of rows.
+
+    `columns` names the dataset columns that stand side by side in the second dimension, in order;
+    an image's raw pixels are one tensor [-1, height*width*channels] with `image` = its shape.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: list[int]
+    semantic: Literal["number", "category", "image", "text", "probabilities", "value", "unknown"] = "unknown"
+    columns: list[str] = []
+    image: list[int] | None = None
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """Inputs and outputs of a model and what its answers mean.
+
+    Classification: output `probabilities` float32 [-1, classes], in the order of `classes`.
+    Regression: output `value` float32 [-1, 1].
+    """
+
+    task: Literal["classification", "regression"]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    label: str
+    classes: list[str] = []
+    label_type: Literal["string", "integer", "number", "boolean"] = "string"
+
+    @property
+    def columns(self) -> list[str]:
+        """Every dataset column the model reads, in order."""
+        return [column for tensor in self.inputs for column in tensor.columns]

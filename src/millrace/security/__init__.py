@@ -1,0 +1,1 @@
+"""Signatures and the event chain."""

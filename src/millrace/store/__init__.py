@@ -1,0 +1,1 @@
+"""Records on SQL, blobs on disk."""
