@@ -238,7 +238,7 @@ class Compress(Section, kw_only=True):
 
     variants: Literal["auto", "none"] | list[str] = "auto"
     max_drop: Share | None = None
-    max_changed: Share = Share(0.05)
+    max_changed: Share = msgspec.field(default_factory=lambda: Share(0.05))
     confidence: Fraction = 0.95
     batch_sizes: Annotated[tuple[PositiveInt, ...], Meta(min_length=1, max_length=8)] = (1, 32)
     allow_replacement: bool = False
@@ -250,7 +250,7 @@ class Register(Section, kw_only=True):
     model: Name | None = None
     alias: Name = "champion"
     promote_if: Literal["not_worse", "better", "always", "never"] = "not_worse"
-    margin: Share = Share(0.01)
+    margin: Share = msgspec.field(default_factory=lambda: Share(0.01))
 
 
 class Serve(Section, kw_only=True):
@@ -266,7 +266,7 @@ class Serve(Section, kw_only=True):
 class Monitor(Section, kw_only=True):
     """Drift: thresholds are calibrated to this share of false alarms per window."""
 
-    false_alarms: Share = Share(0.02)
+    false_alarms: Share = msgspec.field(default_factory=lambda: Share(0.02))
     window_rows: PositiveInt = 200
     enabled: bool = True
 
@@ -296,9 +296,9 @@ class Spec(Section, kw_only=True):
     data: Data | None = None
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    compress: Compress = Compress()
-    register: Register = Register()
+    compress: Compress = msgspec.field(default_factory=Compress)
+    register: Register = msgspec.field(default_factory=Register)
     serve: Serve = Serve()
-    monitor: Monitor = Monitor()
+    monitor: Monitor = msgspec.field(default_factory=Monitor)
     limits: Limits = Limits()
     steps: list[StepSpec] = []

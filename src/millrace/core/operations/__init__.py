@@ -1,0 +1,46 @@
+"""The operation table: every verb is one value here and one handler in `control`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from millrace.core.types import Struct
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request: unknown fields are refused."""
+
+
+class Page(Request, frozen=True, kw_only=True):
+    """Which part of a list."""
+
+    limit: int = 100
+    offset: int = 0
+
+
+class Operation(Struct, kw_only=True):
+    """One verb.
+
+    `name` is noun.verb; `is_write` operations are audited; `is_stream` ones answer with a sequence;
+    `method` and `path` are its HTTP route; `subject_field` names the request field that says on what.
+    """
+
+    name: str
+    summary: str
+    request: type[Any]
+    response: Any
+    method: str
+    path: str
+    is_write: bool = False
+    is_stream: bool = False
+    is_audited: bool = True
+    subject_kind: str = "project"
+    subject_field: str | None = None
+    example: dict[str, Any] = {}
+
+    def subject(self, body: Any) -> str:
+        """What the request acts on, as a reference."""
+        value = getattr(body, self.subject_field, None) if self.subject_field else None
+        return f"{self.subject_kind}:{value or 'default'}"

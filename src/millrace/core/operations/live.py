@@ -1,0 +1,131 @@
+"""Verbs on endpoints, alerts and the system."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from millrace.core.operations import Operation, Page, Request
+from millrace.core.types import Alert, Endpoint, Struct
+
+
+class NameRequest(Request, frozen=True, kw_only=True):
+    """One thing by name or id."""
+
+    name: str
+
+
+class ServeRequest(Request, frozen=True, kw_only=True):
+    """Serve a model in the foreground; what is absent comes from the spec, then from the defaults."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int | None = None
+    threads: int | None = None
+    variant: str | None = None
+
+
+class ServeEvent(Struct, kw_only=True):
+    """What the endpoint's supervisor saw."""
+
+    kind: str  # "ready" | "alert" | "restart" | "window" | "stopped"
+    text: str
+    url: str = ""
+    facts: dict[str, Any] = {}
+
+
+class AlertList(Page, frozen=True, kw_only=True):
+    """Alerts, newest first."""
+
+    state: str | None = None
+
+
+class GcRequest(Request, frozen=True, kw_only=True):
+    """`apply`: delete; otherwise only say what would be freed."""
+
+    apply: bool = False
+
+
+class GcResponse(Struct, kw_only=True):
+    """What was, or would be, deleted."""
+
+    blobs: int
+    size_bytes: int
+    kept: int
+    applied: bool
+
+
+class DiskUsage(Struct, kw_only=True):
+    """Bytes by what they are for."""
+
+    home: str
+    total_bytes: int
+    parts: dict[str, int]
+
+
+class Check(Struct, kw_only=True):
+    """One check of `millrace doctor`."""
+
+    name: str
+    ok: bool
+    text: str
+    hint: str = ""
+
+
+class SystemStatus(Struct, kw_only=True):
+    """What there is, at a glance."""
+
+    home: str
+    runs: int
+    running: list[str]
+    models: int
+    datasets: int
+    endpoints: list[Endpoint]
+    open_alerts: int
+
+
+LIST_ENDPOINTS = Operation(
+    name="endpoint.list", summary="Endpoints.", request=Page, response=list[Endpoint], method="GET",
+    path="/endpoints",
+)  # fmt: skip
+GET_ENDPOINT = Operation(
+    name="endpoint.get", summary="One endpoint.", request=NameRequest, response=Endpoint, method="GET",
+    path="/endpoints/{name}", subject_kind="endpoint", subject_field="name", example={"name": "digits"},
+)  # fmt: skip
+SERVE_ENDPOINT = Operation(
+    name="endpoint.serve", summary="Serve a model in the foreground and watch it.", request=ServeRequest,
+    response=ServeEvent, method="POST", path="/endpoints/serve", is_write=True, is_stream=True,
+    subject_kind="model", subject_field="model", example={"model": "digits@champion"},
+)  # fmt: skip
+LIST_ALERTS = Operation(
+    name="alert.list", summary="Alerts, newest first.", request=AlertList, response=list[Alert], method="GET",
+    path="/alerts",
+)  # fmt: skip
+GET_ALERT = Operation(
+    name="alert.get", summary="One alert.", request=NameRequest, response=Alert, method="GET",
+    path="/alerts/{name}", subject_kind="alert", subject_field="name", example={"name": "last"},
+)  # fmt: skip
+RESOLVE_ALERT = Operation(
+    name="alert.resolve", summary="Close an alert.", request=NameRequest, response=Alert, method="POST",
+    path="/alerts/{name}/resolve", is_write=True, subject_kind="alert", subject_field="name",
+    example={"name": "last"},
+)  # fmt: skip
+COLLECT_GARBAGE = Operation(
+    name="system.gc", summary="Free blobs that nothing refers to.", request=GcRequest, response=GcResponse,
+    method="POST", path="/system/gc", is_write=True,
+)  # fmt: skip
+MEASURE_DISK = Operation(
+    name="system.du", summary="What takes the space.", request=Request, response=DiskUsage, method="GET",
+    path="/system/du",
+)  # fmt: skip
+CHECK_SYSTEM = Operation(
+    name="system.doctor", summary="Check this machine and home.", request=Request, response=list[Check],
+    method="GET", path="/system/doctor",
+)  # fmt: skip
+READ_STATUS = Operation(
+    name="system.status", summary="What there is, at a glance.", request=Request, response=SystemStatus,
+    method="GET", path="/system/status",
+)  # fmt: skip
+OPERATIONS = (
+    LIST_ENDPOINTS, GET_ENDPOINT, SERVE_ENDPOINT, LIST_ALERTS, GET_ALERT, RESOLVE_ALERT, COLLECT_GARBAGE,
+    MEASURE_DISK, CHECK_SYSTEM, READ_STATUS,
+)  # fmt: skip

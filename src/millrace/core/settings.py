@@ -1,0 +1,126 @@
+"""Settings: flag > environment > project file > user file > default, and where each came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from millrace.core.errors import InputError
+from millrace.core.spec_source import parse_yaml
+
+HOME_NAME = ".millrace"
+SPEC_NAME = "millrace.yaml"
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting: its name, type, default and what it does."""
+
+    name: str
+    type: type
+    default: Any
+    summary: str
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return "MILLRACE_" + self.name.upper()
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(name="home", type=str, default="", summary="Folder of the home; default: .millrace beside the spec."),
+    Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),
+    Setting(name="heartbeat_timeout_s", type=float, default=60.0, summary="A step silent for so long is hung."),
+    Setting(name="parallel_steps", type=int, default=1, summary="How many steps of a run may run at once."),
+    Setting(name="gc_min_age_s", type=float, default=3600.0, summary="`system gc` keeps blobs younger than this."),
+    Setting(name="gc_keep_runs", type=int, default=50, summary="`system gc` keeps the outputs of so many runs."),
+)
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """A setting's value and its origin: a flag, a variable, a file, or the default."""
+
+    name: str
+    value: Any
+    origin: str
+    summary: str
+
+
+def user_file() -> Path:
+    """Where a person's own settings stand."""
+    root = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(root) / "millrace" / "settings.yaml"
+
+
+def resolve_settings(
+    flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, home: Path | None = None
+) -> dict[str, Value]:
+    """Every setting with its value and origin.
+
+    Raises:
+        InputError: A file names an unknown setting, or a value has the wrong type.
+
+    Example:
+        >>> resolve_settings({"color": "never"}, environ={})["color"].origin
+        'flag --color'
+    """
+    environ = os.environ if environ is None else environ
+    files = [(path, _read(path)) for path in ([home / "settings.yaml"] if home else []) + [user_file()]]
+    resolved: dict[str, Value] = {}
+    for setting in SETTINGS:
+        value, origin = setting.default, "default"
+        if flags and flags.get(setting.name) is not None:
+            value, origin = flags[setting.name], f"flag --{setting.name.replace('_', '-')}"
+        elif setting.variable in environ:
+            value, origin = environ[setting.variable], f"environment {setting.variable}"
+        else:
+            for path, content in files:
+                if setting.name in content:
+                    value, origin = content[setting.name], str(path)
+                    break
+        resolved[setting.name] = Value(
+            name=setting.name, value=_convert(setting, value, origin), origin=origin, summary=setting.summary
+        )
+    return resolved
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = parse_yaml(path.read_text(encoding="utf-8"), str(path)).value or {}
+    unknown = set(value) - {setting.name for setting in SETTINGS} if isinstance(value, dict) else {"?"}
+    if unknown:
+        names = ", ".join(setting.name for setting in SETTINGS)
+        raise InputError(f"{path}: unknown setting {sorted(unknown)[0]!r}", hint=f"known settings: {names}")
+    return value
+
+
+def _convert(setting: Setting, value: Any, origin: str) -> Any:
+    try:
+        return setting.type(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{origin}: {setting.name} wants {setting.type.__name__}, got {value!r}") from None
+
+
+def find_home(start: Path, environ: Mapping[str, str] | None = None) -> Path:
+    """The home for a folder: MILLRACE_HOME, else the nearest `.millrace` or spec upwards, else here.
+
+    Args:
+        start: Where to begin, usually the working directory.
+        environ: The environment; `os.environ` when absent.
+
+    Example:
+        >>> find_home(Path("/"), environ={"MILLRACE_HOME": "/tmp/h"})
+        PosixPath('/tmp/h')
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("MILLRACE_HOME"):
+        return Path(environ["MILLRACE_HOME"]).expanduser().absolute()
+    start = start.absolute()
+    for folder in (start, *start.parents):
+        if (folder / HOME_NAME).is_dir() or (folder / SPEC_NAME).is_file():
+            return folder / HOME_NAME
+    return start / HOME_NAME
