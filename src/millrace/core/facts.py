@@ -228,6 +228,7 @@ class RegisterFacts(Struct, kw_only=True):
 
     model: str
     gate: GateFacts
+    variant: str = "fp32"  # what `serve` runs
     bundle_digest: str = ""
     number: int | None = None
     alias: str | None = None

@@ -12,7 +12,6 @@ from millrace.core.types import Artifact, Event, MetricPoint, Record, Struct, Tr
 if TYPE_CHECKING:
     import numpy as np
 
-    from millrace.core.spec import Spec
 
 R = TypeVar("R", bound=Record)
 

@@ -1,0 +1,21 @@
+"""The command `millrace`."""
+
+from __future__ import annotations
+
+from millrace.cli.main import cli
+from millrace.cli.session import Session
+from millrace.core import extras
+
+
+def open_transport(home: str | None) -> object:
+    """The transport, imported only when a command needs it."""
+    return extras.load("millrace.wiring:open_transport")(home)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(obj=Session(open_transport), prog_name="millrace")
+
+
+if __name__ == "__main__":
+    main()

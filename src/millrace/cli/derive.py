@@ -1,0 +1,99 @@
+"""Commands derived from operations: required fields become arguments, the others options."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Union, get_args, get_origin
+
+import click
+import msgspec
+
+from millrace.cli.session import Session
+from millrace.core import extras
+from millrace.core.operations import Operation
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+
+
+def derive_command(operation: Operation, name: str, show: str | None = None) -> click.Command:
+    """A click command that calls an operation.
+
+    Args:
+        operation: The verb.
+        name: The command's name.
+        show: The function of `cli.render` that prints the answer; `render_value` by default.
+    """
+
+    def callback(as_json: bool, **values: Any) -> None:
+        session: Session = click.get_current_context().obj
+        session.as_json = as_json
+        answer = session.call(operation.name, **values)
+        print_answer(session, answer, show)
+
+    command = click.Command(
+        name, callback=callback, params=list(parameters(operation.request)), help=help_of(operation, name)
+    )
+    return json_option(command)
+
+
+def print_answer(session: Session, answer: Any, show: str | None) -> None:
+    """JSON when asked for, else by a renderer."""
+    if session.as_json:
+        session.print_json(answer)
+        return
+    extras.load(f"millrace.cli.render:{show or 'render_value'}")(answer)
+
+
+def help_of(operation: Operation, name: str) -> str:
+    """The summary with an example."""
+    noun = operation.name.split(".")[0]
+    positional = [str(operation.example[field.name]) for field in msgspec.structs.fields(operation.request)
+                  if field.required and field.name in operation.example]  # fmt: skip
+    example = " ".join(["millrace", plural(noun), name, *positional])
+    return f"{operation.summary}\n\n\b\nExample:\n  {example}"
+
+
+def plural(noun: str) -> str:
+    """The noun of a command group.
+
+    Example:
+        >>> plural("run"), plural("system")
+        ('runs', 'system')
+    """
+    return noun if noun == "system" else f"{noun}s"
+
+
+def parameters(request: type[Any]) -> list[click.Parameter]:
+    """Arguments and options for the fields of a request."""
+    found: list[click.Parameter] = []
+    for field in msgspec.structs.fields(request):
+        kind = _plain_type(field.type)
+        if kind is None:
+            continue
+        if field.required:
+            found.append(click.Argument([field.name]))
+        elif kind is bool:
+            found.append(click.Option([_flag(field.name)], is_flag=True, help=_words(field.name)))
+        else:
+            default = None if field.default is msgspec.NODEFAULT else field.default
+            found.append(
+                click.Option([_flag(field.name)], type=kind, default=default, show_default=default not in (None, ""),
+                             help=_words(field.name))
+            )  # fmt: skip
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").capitalize() + "."
+
+
+def _plain_type(kind: Any) -> Callable[..., Any] | None:
+    if get_origin(kind) in (Union, types.UnionType):
+        options = [option for option in get_args(kind) if option is not type(None)]
+        kind = options[0] if len(options) == 1 else None
+    return kind if kind in (str, int, float, bool) else None

@@ -1,0 +1,68 @@
+"""The noun groups: `millrace runs` lists, `show` and the other verbs are derived."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from millrace.cli.derive import derive_command, json_option, plural, print_answer
+from millrace.cli.session import Session
+from millrace.core.operations.table import OPERATIONS
+
+NOUNS: dict[str, tuple[str, ...]] = {
+    "run": ("list", "get", "diff", "cancel", "delete"),
+    "dataset": ("list", "get", "diff"),
+    "model": ("list", "get", "register", "promote", "rollback", "export"),
+    "endpoint": ("list", "get"),
+    "alert": ("list", "get", "resolve"),
+}
+_SUMMARIES = {
+    "run": "Runs: what was executed, with every step.",
+    "dataset": "Dataset versions.",
+    "model": "Model versions, aliases, promotion and roll-back.",
+    "endpoint": "Served models.",
+    "alert": "What needs a look.",
+}
+
+
+def groups() -> list[click.Group]:
+    """One group per noun, and `system`."""
+    return [*(_group(noun, verbs) for noun, verbs in NOUNS.items()), _system()]
+
+
+def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
+    listing = OPERATIONS[f"{noun}.list"]
+    show = f"render_{plural(noun)}"
+
+    def callback(as_json: bool, limit: int) -> None:
+        context = click.get_current_context()
+        session: Session = context.obj
+        session.as_json = as_json
+        if context.invoked_subcommand is None:
+            _print_list(session, session.call(listing.name, limit=limit), noun, show)
+
+    help_text = f"{_SUMMARIES[noun]}\n\n\b\nExamples:\n  millrace {plural(noun)}\n  millrace {plural(noun)} --json"
+    group = click.Group(plural(noun), callback=callback, invoke_without_command=True, help=help_text)
+    group.params.append(click.Option(["--limit"], type=int, default=100, show_default=True, help="At most so many."))
+    json_option(group)
+    for verb in verbs:
+        name = "show" if verb == "get" else verb
+        renderer = show if verb == "list" else f"render_{noun}" if verb == "get" else None
+        group.add_command(derive_command(OPERATIONS[f"{noun}.{verb}"], name, renderer))
+    return group
+
+
+def _print_list(session: Session, answer: list[Any], noun: str, show: str) -> None:
+    if not answer and not session.as_json:
+        status = session.call("system.status")
+        click.echo(f"no {plural(noun)} in {status.home}")
+        return
+    print_answer(session, answer, show)
+
+
+def _system() -> click.Group:
+    group = click.Group("system", help="The home: disk, garbage.\n\n\b\nExample:\n  millrace system du")
+    group.add_command(derive_command(OPERATIONS["system.gc"], "gc", "render_gc"))
+    group.add_command(derive_command(OPERATIONS["system.du"], "du", "render_du"))
+    return group

@@ -1,0 +1,39 @@
+"""Answers for a file of rows, and writing them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from millrace.core.operations.registry import OpenModelResponse
+from millrace.formats.bundle import open_bundle
+from millrace.serve.batch import predict_file as answer_file
+
+
+def predict_file(opened: OpenModelResponse, path: Path, threads: int = 1) -> list[dict[str, Any]]:
+    """Answers in the order of the rows, each a dict with `label` and `probabilities`, or `value`."""
+    bundle = open_bundle(Path(opened.folder), signature=None, verifier=None, expected_digest=opened.digest)
+    return list(answer_file(bundle, opened.variant, path, threads))
+
+
+def write_csv(answers: list[dict[str, Any]], path: Path) -> None:
+    """One line per answer: `label` and a column per class, or `value`."""
+    rows = [flat(answer) for answer in answers]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["label"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def flat(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without nesting.
+
+    Example:
+        >>> flat({"label": "a", "probabilities": {"a": 0.9, "b": 0.1}})
+        {'label': 'a', 'probability_a': 0.9, 'probability_b': 0.1}
+    """
+    row = {key: value for key, value in answer.items() if not isinstance(value, dict)}
+    for label, value in answer.get("probabilities", {}).items():
+        row[f"probability_{label}"] = value
+    return row

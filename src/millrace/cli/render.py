@@ -1,0 +1,216 @@
+"""Tables and values for people."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from millrace.cli.lines import step_line, variant_rows, verdict_line
+from millrace.cli.predicting import flat
+from millrace.cli.session import plain
+from millrace.core.units import format_duration, format_size
+
+_STYLES = {"succeeded": "green", "ready": "green", "failed": "red", "open": "red", "running": "cyan"}
+
+
+def console() -> Console:
+    """A console on the present stdout, wide enough for its lines when it is not a terminal."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=160)
+
+
+def print_table(header: list[str], rows: list[list[Any]]) -> None:
+    """A plain table."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell), style=_STYLES.get(str(cell), "")) for cell in row))
+    console().print(table)
+
+
+def when(at: float | None) -> str:
+    """A local time, to the second."""
+    return datetime.datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S") if at else "-"
+
+
+def render_value(value: Any) -> None:
+    """Any answer: its fields, one per line."""
+    data = plain(value)
+    if isinstance(data, dict):
+        print_table(["FIELD", "VALUE"], [[key, _cell(item)] for key, item in data.items()])
+    elif isinstance(data, list):
+        for item in data:
+            render_value(item)
+    else:
+        console().print(str(data))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_cell(item)}" for key, item in list(value.items())[:12]) or "-"
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value[:8]) + (" …" if len(value) > 8 else "")
+    return str(value)
+
+
+def render_runs(runs: list[Any]) -> None:
+    """Runs, newest first."""
+    rows = []
+    for run in runs:
+        took = format_duration(run.ended_at - run.started_at) if run.ended_at and run.started_at else "-"
+        rows.append([run.id[:16], run.name, run.state, when(run.created_at), took])
+    print_table(["RUN", "NAME", "STATE", "STARTED", "TOOK"], rows)
+
+
+def render_run(view: Any) -> None:
+    """A run with the line of every step."""
+    render_runs([view.run])
+    framework = next((step.facts.get("framework", "torch") for step in view.steps if step.stage == "train"), "torch")
+    rows = []
+    for step in view.steps:
+        text = step_line(step.name, step.facts, framework) if step.facts else (step.error or {}).get("message", "-")
+        rows.append([step.name, step.state, text, step.reason])
+    print_table(["STEP", "STATE", "RESULT", "WHY"], rows)
+    if view.report_path:
+        console().print(f"report {view.report_path}")
+
+
+def render_datasets(versions: list[Any]) -> None:
+    """Dataset versions, newest first."""
+    rows = [
+        [f"{one.name}@{one.number}", one.facts.get("rows_kept"), one.facts.get("rejected"), one.facts.get("task"),
+         when(one.created_at)]
+        for one in versions
+    ]  # fmt: skip
+    print_table(["DATASET", "ROWS", "REJECTED", "TASK", "CREATED"], rows)
+
+
+def render_dataset(version: Any) -> None:
+    """One dataset version with its columns."""
+    render_datasets([version])
+    columns = version.facts.get("columns", [])
+    header = ["name", "type", "role", "missing", "distinct", "mean", "sd", "min", "max"]
+    rows = [[_number(column.get(key)) for key in header] for column in columns]
+    print_table([name.upper() for name in header], rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def render_models(views: list[Any]) -> None:
+    """Model versions, newest first."""
+    rows = [
+        [f"{view.name}@{view.version}", ", ".join(view.aliases) or "-", view.variant, view.source, view.digest[:19],
+         when(view.created_at)]
+        for view in views
+    ]  # fmt: skip
+    print_table(["MODEL", "ALIASES", "VARIANT", "SOURCE", "DIGEST", "CREATED"], rows)
+
+
+def render_model(detail: Any) -> None:
+    """A version, its aliases' history, its card."""
+    render_models([detail.view])
+    rows = []
+    for alias in detail.aliases:
+        for move in alias.history:
+            rows.append([alias.name, move.get("from") or "-", move["to"], when(move["at"]), move.get("reason", "")])
+    print_table(["ALIAS", "FROM", "TO", "WHEN", "WHY"], rows)
+    if detail.view.card:
+        console().print(detail.view.card, markup=False)
+
+
+def render_endpoints(endpoints: list[Any]) -> None:
+    """Endpoints."""
+    rows = [
+        [one.name, one.state, f"{one.model}@{one.number}", one.variant, one.url or "-"] for one in endpoints
+    ]  # fmt: skip
+    print_table(["ENDPOINT", "STATE", "MODEL", "VARIANT", "URL"], rows)
+
+
+def render_endpoint(endpoint: Any) -> None:
+    """One endpoint."""
+    render_endpoints([endpoint])
+
+
+def render_alerts(alerts: list[Any]) -> None:
+    """Alerts, newest first."""
+    rows = [
+        [one.id[:16], one.state, one.endpoint, f"{one.score:.2f} > {one.threshold:.2f}", one.title,
+         when(one.created_at)]
+        for one in alerts
+    ]  # fmt: skip
+    print_table(["ALERT", "STATE", "ENDPOINT", "SCORE", "WHAT", "WHEN"], rows)
+
+
+def render_alert(alert: Any) -> None:
+    """One alert with its strongest features."""
+    render_alerts([alert])
+    top = alert.facts.get("top", [])
+    if top:
+        rows = [[one["name"], f"{one['score']:.2f}", f"{one['threshold']:.2f}"] for one in top]
+        print_table(["FEATURE", "SCORE", "THRESHOLD"], rows)
+
+
+def render_gc(answer: Any) -> None:
+    """What was, or would be, freed."""
+    size = format_size(answer.size_bytes)
+    verb = "freed" if answer.applied else "would free"
+    tail = "" if answer.applied else "; `millrace system gc --apply` does it"
+    console().print(f"{verb} {answer.blobs} blobs, {size}; {answer.kept} kept{tail}")
+
+
+def render_du(answer: Any) -> None:
+    """Bytes by folder."""
+    rows = [[name, format_size(size)] for name, size in answer.parts.items()]
+    print_table(["PART", "SIZE"], [*rows, ["total", format_size(answer.total_bytes)]])
+    console().print(answer.home)
+
+
+def render_plan(plan: Any) -> None:
+    """What would run, and why."""
+    print_table(["STEP", "ACTION", "WHY"], [[step.name, step.action, step.reason] for step in plan.steps])
+
+
+def render_status(answer: Any) -> None:
+    """Counts at a glance."""
+    rows = [["home", answer.home], ["runs", f"{answer.runs} ({len(answer.running)} running)"],
+            ["datasets", answer.datasets], ["models", answer.models], ["open alerts", answer.open_alerts]]  # fmt: skip
+    print_table(["WHAT", ""], rows)
+    if answer.endpoints:
+        render_endpoints(answer.endpoints)
+
+
+def render_checks(checks: list[Any]) -> None:
+    """One line per check."""
+    rows = [["ok" if check.ok else "NOT OK", check.name, check.text, "" if check.ok else check.hint] for check in checks]
+    print_table(["", "CHECK", "FOUND", "DO"], rows)
+
+
+def render_settings(values: list[Any], home: Path) -> None:
+    """Settings with their origin."""
+    rows = [[value.name, value.value if value.value != "" else home, value.origin, value.summary] for value in values]
+    print_table(["SETTING", "VALUE", "FROM", "WHAT"], rows)
+
+
+def render_answers(answers: list[dict[str, Any]]) -> None:
+    """The first answers."""
+    rows = [flat(answer) for answer in answers[:20]]
+    if rows:
+        print_table([key.upper() for key in rows[0]], [[_number(cell) for cell in row.values()] for row in rows])
+    if len(answers) > 20:
+        console().print(f"… {len(answers)} answers in all; --output FILE writes them")
+
+
+def render_compressed(answer: Any) -> None:
+    """The table of variants of a foreign model."""
+    header, *rows = variant_rows(answer.facts)
+    print_table(header, [list(row) for row in rows])
+    console().print(verdict_line(answer.facts).replace("Serving", "Best:"))
+    console().print(f"variants {answer.folder}")

@@ -1,0 +1,99 @@
+"""Logging from user code: `with millrace.track("name") as t: t.log_metric("loss", 0.1)`."""
+
+from __future__ import annotations
+
+import atexit
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from millrace.core.ports import Transport
+from millrace.core.types import MetricPoint
+
+FLUSH_POINTS = 512
+FLUSH_S = 0.25
+
+
+class Tracker:
+    """A run of the user's own script. Use from one thread, or one tracker per thread.
+
+    Points reach the store in batches: at most 0.75 s of them are lost on kill -9, none on exit.
+    """
+
+    def __init__(self, transport: Transport, *, name: str, params: dict[str, Any], project: str) -> None:
+        self._transport = transport
+        run = transport.call("run.track", {"name": name, "params": params, "project": project})
+        self.id: str = run.id
+        self._points: list[MetricPoint] = []
+        self._flushed_at = time.monotonic()
+        self._steps: dict[str, int] = {}
+        self._ended = False
+        atexit.register(self.end)
+
+    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
+        """One point.
+
+        Args:
+            name: The metric.
+            value: A number; NaN and infinities are kept.
+            step: Counts up by itself per metric when absent.
+        """
+        if step is None:
+            step = self._steps.get(name, -1) + 1
+        self._steps[name] = step
+        self._points.append(MetricPoint(self.id, name, step, float(value), time.time()))
+        if len(self._points) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_S:
+            self.flush()
+
+    def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        """Several points of one step."""
+        for name, value in values.items():
+            self.log_metric(name, value, step)
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Parameters of the run; a name that exists is replaced."""
+        self._transport.call("run.log", {"run": self.id, "params": params})
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Tags of the run."""
+        self._transport.call("run.log", {"run": self.id, "tags": tags})
+
+    def log_artifact(self, path: str | Path, name: str | None = None) -> str:
+        """Keep a file or folder; its digest."""
+        body = {"run": self.id, "name": name or Path(path).name, "path": str(Path(path).absolute())}
+        return self._transport.call("run.artifact", body).outputs[body["name"]].digest
+
+    def flush(self) -> None:
+        """Hand the points over now."""
+        if self._points:
+            points, self._points = self._points, []
+            self._transport.call("run.log", {"run": self.id, "points": points})
+        self._flushed_at = time.monotonic()
+
+    def end(self, state: str = "succeeded", error: dict[str, Any] | None = None) -> None:
+        """End the run; called by the `with` block and at exit."""
+        if self._ended:
+            return
+        self._ended = True
+        self.flush()
+        self._transport.call("run.end", {"run": self.id, "state": state, "error": error})
+        atexit.unregister(self.end)
+        close = getattr(self._transport, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.end()
+        else:
+            described = {"code": "stage.failed", "message": f"{type(error).__name__}: {error}", "hint": "", "details": {}}
+            self.end("failed", described)
+
+    def __repr__(self) -> str:
+        return f"Tracker({self.id[:12]!r})"

@@ -1,0 +1,174 @@
+"""What control adds around a stage: inputs that only records know, and records that its outputs become.
+
+A stage only returns artifacts and facts; here they become dataset versions, model versions and endpoints,
+in the same transaction as the step's success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from millrace.control.services import Services
+from millrace.core.errors import ConflictError
+from millrace.core.facts import RegisterFacts
+from millrace.core.ids import new_id
+from millrace.core.ports import Transaction
+from millrace.core.spec import Spec
+from millrace.core.types import Alias, Artifact, DatasetVersion, Endpoint, ModelVersion, Run, Step, Struct
+
+
+class Preparation(Struct, kw_only=True):
+    """More inputs, parameters and key parts for a step; `reuse` is an earlier step that still holds."""
+
+    inputs: dict[str, Artifact] = {}
+    params: dict[str, Any] = {}
+    parts: dict[str, str] = {}
+    reuse: Step | None = None
+
+
+def model_name(spec: Spec) -> str:
+    """The name under which a spec registers: `register.model`, else the project."""
+    return spec.register.model or spec.project
+
+
+def find_version(services: Services, model: str, number: int) -> ModelVersion | None:
+    """One model version."""
+    found = services.records.find(ModelVersion, {"name": model, "number": number}, limit=1)
+    return found[0] if found else None
+
+
+def prepare_register(services: Services, spec: Spec, parts: Mapping[str, str], steps: Mapping[str, Step]) -> Preparation:
+    """The champion joins the inputs; a step that made the present champion is not repeated against itself."""
+    model, alias_name = model_name(spec), spec.register.alias
+    alias = services.records.get(Alias, f"{model}/{alias_name}")
+    champion = find_version(services, model, alias.number) if alias else None
+    own = {"model": model, **parts}
+    digest = champion.bundle.digest if champion else "none"
+    for earlier in services.records.find(Step, {"stage": "register", "state": "succeeded"}, order="-created_at", limit=50):
+        base = {name: value for name, value in earlier.key_parts.items() if name != "champion"}
+        made = earlier.outputs.get("bundle")
+        if base == own and made is not None and (made.digest == digest or earlier.key_parts.get("champion") == digest):
+            return Preparation(reuse=earlier)
+    inputs = {"champion.bundle": champion.bundle} if champion else {}
+    lineage = {
+        "dataset": steps["data"].outputs["dataset"].digest,
+        "code": {name.removeprefix("code "): value for name, value in steps["train"].key_parts.items() if "code " in name},
+        "spec": {name: value for name, value in steps["train"].key_parts.items() if " " not in name},
+    }
+    params = {
+        "model": model,
+        "champion": f"{model} v{champion.number}" if champion else None,
+        "looks": _looks(services, steps["data"].outputs["dataset"].digest) + 1,
+        "lineage": lineage,
+        "evaluate": steps["evaluate"].facts,
+        "compress": steps["compress"].facts,
+        "train": {key: value for key, value in steps["train"].facts.items() if key != "epochs"},
+        "data": {key: steps["data"].facts.get(key) for key in ("rows_kept", "split", "task", "label", "image")},
+    }
+    return Preparation(inputs=inputs, params=params, parts={"model": model, "champion": digest})
+
+
+def _looks(services: Services, dataset: str) -> int:
+    """How often the frozen test rows of a dataset have judged a challenger."""
+    steps = services.records.find(Step, {"stage": "register", "state": "succeeded"})
+    return sum(step.key_parts.get("input data.dataset") == dataset for step in steps)
+
+
+def commit_dataset(services: Services, transaction: Transaction, run: Run, spec: Spec, step: Step) -> Step:
+    """The dataset becomes a version, unless these bytes are one already."""
+    artifact = step.outputs["dataset"]
+    versions = transaction.find(DatasetVersion, {"name": spec.project})
+    if not any(version.artifact.digest == artifact.digest for version in versions):
+        number = max((version.number for version in versions), default=0) + 1
+        version = DatasetVersion(
+            id=new_id(), project=run.project, created_at=services.clock.now(), name=spec.project, number=number,
+            artifact=artifact, run_id=run.id, facts=step.facts,
+        )  # fmt: skip
+        transaction.put(version, expect_version=0)
+    return step
+
+
+def commit_model(services: Services, transaction: Transaction, run: Run, spec: Spec, step: Step) -> Step:
+    """The bundle is signed and becomes a version; the gate's verdict moves the alias."""
+    facts = msgspec.convert(step.facts, RegisterFacts)
+    bundle = step.outputs["bundle"]
+    versions = transaction.find(ModelVersion, {"name": facts.model})
+    version = next((one for one in versions if one.bundle.digest == bundle.digest), None)
+    verdict = facts.gate.verdict
+    if version is None:
+        number = max((one.number for one in versions), default=0) + 1
+        version = _new_version(services, run, step, facts, number)
+        transaction.put(version, expect_version=0)
+    elif verdict in ("promoted", "kept", "undecided"):
+        verdict = "same"
+    assert version.signature is not None
+    promoted = verdict in ("first", "promoted")
+    if promoted:
+        move_alias(
+            transaction, facts.model, spec.register.alias, version.number, at=services.clock.now(),
+            reason=facts.gate.explanation or verdict,
+        )  # fmt: skip
+    key_id = services.signer.verify(bundle.digest, services.blobs.read(version.signature.digest))
+    gate = msgspec.structs.replace(facts.gate, verdict=verdict)
+    facts = msgspec.structs.replace(
+        facts, gate=gate, bundle_digest=bundle.digest, number=version.number, alias=spec.register.alias,
+        promoted=promoted, signed_by=key_id,
+    )  # fmt: skip
+    outputs = {**step.outputs, "signature": version.signature}
+    return msgspec.structs.replace(step, outputs=outputs, facts=msgspec.to_builtins(facts))
+
+
+def _new_version(services: Services, run: Run, step: Step, facts: RegisterFacts, number: int) -> ModelVersion:
+    bundle = step.outputs["bundle"]
+    signature = services.blobs.put(services.signer.sign(bundle.digest), media_type="application/json")
+    return ModelVersion(
+        id=new_id(), project=run.project, created_at=services.clock.now(), name=facts.model, number=number, bundle=bundle,
+        signature=signature, measurements=step.outputs.get("measurements"), card=step.outputs.get("card"),
+        chosen_variant=facts.variant, run_id=run.id, facts=step.facts,
+    )  # fmt: skip
+
+
+def move_alias(
+    transaction: Transaction, model: str, name: str, number: int, *, at: float, reason: str, expect: int | None = None
+) -> Alias:
+    """Point an alias at a version and remember where it was.
+
+    Raises:
+        ConflictError: Somebody moved it first (`expect` names the version it must be at).
+    """
+    alias = transaction.get(Alias, f"{model}/{name}")
+    before = alias.number if alias else None
+    entry = {"from": before, "to": number, "at": at, "reason": reason}
+    if alias is None:
+        alias = Alias(id=f"{model}/{name}", created_at=at, model=model, name=name, number=number, history=[entry])
+        return transaction.put(alias, expect_version=0)
+    if expect is not None and before != expect:
+        raise ConflictError(f"{model}@{name} is at version {before}, not {expect}")
+    moved = msgspec.structs.replace(alias, number=number, history=[*alias.history, entry])
+    return transaction.put(moved, expect_version=alias.version)
+
+
+def commit_endpoint(services: Services, transaction: Transaction, run: Run, spec: Spec, step: Step) -> Step:
+    """`serve` in a run writes the endpoint that is wanted; `millrace serve` starts it."""
+    model = model_name(spec)
+    alias = transaction.get(Alias, f"{model}/{spec.register.alias}")
+    if alias is not None:
+        endpoint = transaction.get(Endpoint, model)
+        wanted = Endpoint(
+            id=model, project=run.project, created_at=endpoint.created_at if endpoint else services.clock.now(),
+            version=endpoint.version if endpoint else 0, name=model, model=model, alias=spec.register.alias,
+            number=alias.number, variant=step.facts.get("variant", "fp32"),
+            state=endpoint.state if endpoint else "desired", url=endpoint.url if endpoint else None,
+            pid=endpoint.pid if endpoint else None, facts=step.facts,
+        )  # fmt: skip
+        transaction.put(wanted)
+    return step
+
+
+Prepare = Callable[[Services, Spec, Mapping[str, str], Mapping[str, Step]], Preparation]
+Commit = Callable[[Services, Transaction, Run, Spec, Step], Step]
+PREPARATIONS: dict[str, Prepare] = {"register": prepare_register}
+COMMITS: dict[str, Commit] = {"data": commit_dataset, "register": commit_model, "serve": commit_endpoint}

@@ -1,0 +1,112 @@
+"""One door: validate, authorise, run, audit. Every transport and every command comes through here."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from millrace.control.services import Services
+from millrace.core.errors import InputError, MillraceError, NotFoundError
+from millrace.core.operations import Operation
+from millrace.core.operations.table import OPERATIONS
+from millrace.core.spec_errors import decode_hook
+from millrace.core.types import Event
+
+log = logging.getLogger(__name__)
+Handler = Callable[[Services, Any], Any]
+_HANDLERS: dict[str, Handler] = {}
+
+
+def handles(operation: Operation) -> Callable[[Handler], Handler]:
+    """Mark a function `(services, body) -> response` as the handler of an operation."""
+
+    def mark(handler: Handler) -> Handler:
+        if operation.name in _HANDLERS:
+            raise ValueError(f"{operation.name} has a handler already")
+        _HANDLERS[operation.name] = handler
+        return handler
+
+    return mark
+
+
+def handler_names() -> set[str]:
+    """The operations that have a handler."""
+    return set(_HANDLERS)
+
+
+def local_principal() -> str:
+    """The opaque actor id of the person at this machine."""
+    try:
+        return f"local:{getpass.getuser()}"
+    except (OSError, KeyError):
+        return "local:unknown"
+
+
+class Dispatcher:
+    """The in-process transport (`core.ports.Transport`). Thread-safe.
+
+    Args:
+        services: What handlers may use.
+        principal: Who is asking; recorded as the actor of every write.
+    """
+
+    def __init__(self, services: Services, principal: str | None = None) -> None:
+        self._services = services
+        self._principal = principal or local_principal()
+
+    def call(self, operation: str, body: Mapping[str, Any]) -> Any:
+        """Run one operation.
+
+        Raises:
+            InputError: The request does not have the operation's shape.
+            MillraceError: Whatever the handler raises.
+        """
+        chosen, request = self._admit(operation, body)
+        return self._run(chosen, request)
+
+    def stream(self, operation: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """Run one streaming operation; its answers as they come."""
+        chosen, request = self._admit(operation, body)
+        answers: Iterable[Any] = self._run(chosen, request)
+        yield from answers
+
+    def close(self) -> None:
+        """Seal what was appended and let go of the home."""
+        self._services.close()
+
+    def _admit(self, name: str, body: Mapping[str, Any]) -> tuple[Operation, Any]:
+        operation = OPERATIONS.get(name)
+        if operation is None:
+            raise NotFoundError(f"there is no operation {name!r}")
+        try:
+            return operation, msgspec.convert(dict(body), operation.request, dec_hook=decode_hook)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{name}: {error}", hint="see docs/reference/cli.md for its arguments") from None
+
+    def _run(self, operation: Operation, request: Any) -> Any:
+        try:
+            answer = _HANDLERS[operation.name](self._services, request)
+        except MillraceError as error:
+            self._audit(operation, request, error.code)
+            raise
+        self._audit(operation, request, "ok")
+        return answer
+
+    def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
+        """Writes and denials are events; reads are not."""
+        if not (operation.is_write and operation.is_audited) and outcome != "auth.denied":
+            return
+        detail = {"outcome": outcome, "request": msgspec.to_builtins(request)}
+        event = Event(
+            at=self._services.clock.now(),
+            actor=self._principal,
+            verb=operation.name,
+            subject=operation.subject(request),
+            detail=detail,
+        )
+        with self._services.records.transaction() as transaction:
+            transaction.append(event)

@@ -1,0 +1,278 @@
+"""Verbs on runs: plan, submit, drive or follow, look at, cancel, delete."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from millrace.control.dispatch import handles
+from millrace.control.driving import drive_or_follow
+from millrace.control.pipeline import last_parts
+from millrace.control.planning import (
+    KeyMaker,
+    StepPlan,
+    cache_key,
+    check_before_work,
+    explain,
+    flatten,
+    plan_steps,
+    section_value,
+)
+from millrace.control.services import Services
+from millrace.core.errors import ConflictError, NotFoundError
+from millrace.core.ids import new_id
+from millrace.core.operations import runs as ops
+from millrace.core.spec_errors import load_spec, parse_spec
+from millrace.core.states import RUN_END_STATES
+from millrace.core.types import Artifact, Lease, MetricPoint, Run, Step
+from millrace.store.leases import holder_is_dead
+
+REPORT_NAME = "report.html"
+
+
+def find_run(services: Services, text: str) -> Run:
+    """A run by id, unique prefix of an id, name, or `last`.
+
+    Raises:
+        NotFoundError: There is none, or the prefix fits several.
+    """
+    if text == "last":
+        newest = services.records.find(Run, order="-created_at", limit=1)
+        if not newest:
+            raise NotFoundError(f"there are no runs in {services.home}", hint="`millrace run` makes one")
+        return newest[0]
+    run = services.records.get(Run, text)
+    if run is not None:
+        return run
+    found = [run for run in services.records.find(Run, order="-created_at") if text in (run.name, run.id[: len(text)])]
+    if len(found) != 1 and not any(run.name == text for run in found):
+        count = "no run" if not found else f"{len(found)} runs"
+        raise NotFoundError(f"{count} with the id {text!r} in {services.home}", hint="`millrace runs` lists them")
+    return found[0]
+
+
+def live_lease(services: Services, run: Run) -> Lease | None:
+    """The lease of a living driver of this run, or None."""
+    lease = services.records.get(Lease, f"run/{run.id}")
+    if lease is None or not lease.held or holder_is_dead(lease):
+        return None
+    return lease if lease.expires_at > services.clock.now() else None
+
+
+@handles(ops.PLAN_RUN)
+def plan_run(services: Services, body: ops.SpecRequest) -> ops.Plan:
+    """What would run, and why; nothing is executed or written."""
+    path = Path(body.spec_path).absolute()
+    spec, _ = load_spec(path, body.overrides)
+    plans = plan_steps(spec, services.stages)
+    check_before_work(spec, plans, services.stages, path.parent)
+    keys = KeyMaker(spec, path.parent, services.stages)
+    outputs: dict[str, dict[str, Artifact]] = {}
+    planned = []
+    for plan in plans:
+        planned.append(_plan_step(services, plan, keys, outputs, spec.project))
+    return ops.Plan(steps=planned)
+
+
+def _plan_step(
+    services: Services, plan: StepPlan, keys: KeyMaker, outputs: dict[str, dict[str, Artifact]], project: str
+) -> ops.PlannedStep:
+    waiting = [need for need in plan.needs if need not in outputs]
+    if waiting:
+        return ops.PlannedStep(name=plan.name, action="run", reason=f"after {', '.join(waiting)}")
+    inputs = {
+        f"{need}.{name}": artifact
+        for need in plan.needs
+        for name, artifact in outputs[need].items()
+        if not plan.inputs or f"{need}.{name}" in plan.inputs
+    }
+    parts = keys.parts(plan, inputs)
+    done = _done_step(services, plan, parts)
+    if done is None:
+        placeholder = Step(id="", project=project, run_id="", name=plan.name, stage=plan.stage)
+        earlier = last_parts(services, placeholder) if services.is_used else None
+        return ops.PlannedStep(name=plan.name, action="run", reason=explain(earlier, parts))
+    outputs[plan.name] = done.outputs
+    return ops.PlannedStep(name=plan.name, action="cached", reason="nothing changed")
+
+
+def _done_step(services: Services, plan: StepPlan, parts: dict[str, str]) -> Step | None:
+    if not services.is_used:
+        return None
+    if plan.stage == "register":
+        steps = services.records.find(Step, {"stage": "register", "state": "succeeded"}, order="-created_at", limit=50)
+        ignored = {"champion", "model"}
+        found = [one for one in steps if {k: v for k, v in one.key_parts.items() if k not in ignored} == parts]
+    else:
+        found = services.records.find(
+            Step, {"cache_key": cache_key(parts), "state": "succeeded"}, order="-created_at", limit=1
+        )
+    exist = services.blobs.exists
+    return next((one for one in found if all(exist(artifact.digest) for artifact in one.outputs.values())), None)
+
+
+@handles(ops.SUBMIT_RUN)
+def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
+    """Create a run, continue one whose driver died, or join the live one on the same spec."""
+    path = Path(body.spec_path).absolute()
+    spec, text = load_spec(path, body.overrides)
+    check_before_work(spec, plan_steps(spec, services.stages), services.stages, path.parent)
+    with services.records.transaction() as transaction:
+        open_runs = [
+            run
+            for state in ("running", "pending")
+            for run in transaction.find(Run, {"spec_path": str(path), "state": state})
+        ]
+        submitted = None
+        for run in open_runs:
+            same = run.spec_text == text and run.overrides == body.overrides
+            if live_lease(services, run) is not None or (run.state == "pending" and same):
+                submitted = ops.Submitted(run=run, is_joined=True)
+            elif same:
+                submitted = ops.Submitted(run=run)
+            else:
+                ended = msgspec.structs.replace(
+                    run, state="failed", ended_at=services.clock.now(),
+                    error=ConflictError("its driver died and the spec was changed since").to_dict(),
+                )  # fmt: skip
+                transaction.put(ended, expect_version=run.version)
+        if submitted is None:
+            run = Run(
+                id=new_id(), project=spec.project, created_at=services.clock.now(), name=spec.project,
+                spec_path=str(path), spec_text=text, overrides=body.overrides,
+            )  # fmt: skip
+            submitted = ops.Submitted(run=transaction.put(run, expect_version=0))
+    if body.detach and not submitted.is_joined:
+        _spawn_driver(services, submitted.run)
+    return submitted
+
+
+def _spawn_driver(services: Services, run: Run) -> None:
+    """A driver of its own session, so that it outlives this terminal."""
+    log = services.home / "logs" / run.id / "driver.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "millrace", "--home", str(services.home), "drive", run.id]
+    with log.open("ab") as output:
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            cwd=Path(run.spec_path).parent,
+        )  # fmt: skip
+
+
+@handles(ops.DRIVE_RUN)
+def drive_run(services: Services, body: ops.RunRequest) -> Iterator[ops.RunEvent]:
+    """Drive a run to its end, or follow the process that does."""
+    return drive_or_follow(services, find_run(services, body.run))
+
+
+@handles(ops.LIST_RUNS)
+def list_runs(services: Services, body: ops.RunList) -> list[Run]:
+    """Runs, newest first."""
+    if not services.is_used:
+        return []
+    where = {"state": body.state} if body.state else None
+    return services.records.find(Run, where, order="-created_at", limit=body.limit, offset=body.offset)
+
+
+@handles(ops.GET_RUN)
+def get_run(services: Services, body: ops.RunRequest) -> ops.RunView:
+    """A run with its steps and report."""
+    run = find_run(services, body.run)
+    steps = services.records.find(Step, {"run_id": run.id})
+    report = Path(run.spec_path).parent / REPORT_NAME if run.spec_path else None
+    return ops.RunView(run=run, steps=steps, report_path=str(report) if report and report.is_file() else None)
+
+
+@handles(ops.DIFF_RUNS)
+def diff_runs(services: Services, body: ops.DiffRequest) -> ops.RunDiff:
+    """Specs by key, outputs by step, metrics by name."""
+    left, right = find_run(services, body.left), find_run(services, body.right)
+    sides = [_run_sides(services, run) for run in (left, right)]
+    changes: list[dict[str, list[str | float | None]]] = []
+    for part in range(3):
+        names = sorted({*sides[0][part], *sides[1][part]})
+        pairs = {name: [sides[0][part].get(name), sides[1][part].get(name)] for name in names}
+        changes.append({name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+    return msgspec.convert(
+        {"left": left.id, "right": right.id, "spec": changes[0], "outputs": changes[1], "metrics": changes[2]},
+        ops.RunDiff,
+    )
+
+
+def _run_sides(services: Services, run: Run) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
+    spec: dict[str, str] = {}
+    if run.spec_text:
+        parsed = parse_spec(run.spec_text, Path(run.spec_path).name, run.overrides)
+        spec = flatten(section_value(parsed), "spec")
+    outputs, metrics = {}, {}
+    for step in services.records.find(Step, {"run_id": run.id}):
+        outputs.update({f"{step.name}.{name}": artifact.digest for name, artifact in step.outputs.items()})
+        if step.stage == "evaluate":
+            metrics.update({metric["name"]: metric["value"] for metric in step.facts.get("metrics", [])})
+    return spec, outputs, metrics
+
+
+@handles(ops.CANCEL_RUN)
+def cancel_run(services: Services, body: ops.CancelRequest) -> Run:
+    """Ask the living driver to stop; without one the run is cancelled here."""
+    for _ in range(20):
+        run = find_run(services, body.run)
+        if run.state in RUN_END_STATES:
+            return run
+        if live_lease(services, run) is not None:
+            changed = msgspec.structs.replace(run, tags={**run.tags, "cancel": "now" if body.now else "requested"})
+        else:
+            changed = msgspec.structs.replace(run, state="cancelled", ended_at=services.clock.now())
+        try:
+            return services.records.put(changed, expect_version=run.version)
+        except ConflictError:
+            continue
+    raise ConflictError(f"run {body.run} is being changed by somebody else")
+
+
+@handles(ops.DELETE_RUN)
+def delete_run(services: Services, body: ops.RunRequest) -> Run:
+    """Remove an ended run and its steps; model versions and datasets stay."""
+    run = find_run(services, body.run)
+    if run.state not in RUN_END_STATES and live_lease(services, run) is not None:
+        raise ConflictError(f"run {run.id} is still running", hint="cancel it first: `millrace runs cancel`")
+    with services.records.transaction() as transaction:
+        for step in transaction.find(Step, {"run_id": run.id}):
+            transaction.delete(Step, step.id)
+        transaction.delete(Run, run.id)
+    return run
+
+
+@handles(ops.READ_LOGS)
+def read_logs(services: Services, body: ops.LogsRequest) -> ops.LogsResponse:
+    """A step's log from an offset."""
+    run = find_run(services, body.run)
+    steps = [step for step in services.records.find(Step, {"run_id": run.id}) if step.log_path]
+    chosen = [step for step in steps if body.step in (None, step.name)]
+    if not chosen:
+        names = ", ".join(step.name for step in steps) or "none yet"
+        raise NotFoundError(f"run {run.id} has no log of step {body.step!r}", hint=f"steps with a log: {names}")
+    failed = [step for step in chosen if step.state == "failed"]
+    step = (failed or chosen)[-1]
+    path = Path(step.log_path)
+    data = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(max(0, body.offset))
+            data = file.read(1_000_000)
+    return ops.LogsResponse(
+        step=step.name, text=data.decode("utf-8", "replace"), next_offset=body.offset + len(data),
+        is_finished=step.state != "running", path=str(path),
+    )  # fmt: skip
+
+
+@handles(ops.READ_METRICS)
+def read_metrics(services: Services, body: ops.MetricsRequest) -> list[MetricPoint]:
+    """Points in the order of arrival."""
+    run = find_run(services, body.run)
+    return services.records.metrics(run.id, body.name, since=body.since)
+

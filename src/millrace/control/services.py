@@ -1,0 +1,103 @@
+"""What handlers may use. Built by `wiring`; every expensive part is made on first use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millrace.core.clock import Clock
+from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor
+from millrace.core.settings import Value
+
+T = TypeVar("T")
+
+
+class Services:
+    """One home, opened.
+
+    Args:
+        home: The folder.
+        clock: Where the time comes from.
+        stages: Stage descriptors by name, in the order of a default pipeline.
+        settings: Resolved settings.
+        open_records: Makes the records store.
+        open_blobs: Makes the blob store.
+        open_compute: Makes the compute, given modules worth importing early.
+        open_signer: Makes the signer.
+    """
+
+    def __init__(
+        self,
+        *,
+        home: Path,
+        clock: Clock,
+        stages: Mapping[str, StageDescriptor],
+        settings: Mapping[str, Value],
+        open_records: Callable[[], Records],
+        open_blobs: Callable[[], Blobs],
+        open_compute: Callable[[Sequence[str]], Compute],
+        open_signer: Callable[[], Signer],
+    ) -> None:
+        self.home = home
+        self.clock = clock
+        self.stages = stages
+        self.settings = settings
+        self._open: dict[str, Callable[[], Any]] = {
+            "records": open_records,
+            "blobs": open_blobs,
+            "signer": open_signer,
+        }
+        self._open_compute = open_compute
+        self._made: dict[str, Any] = {}
+        self._lock = threading.RLock()
+
+    def _get(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._made:
+                self.home.mkdir(parents=True, exist_ok=True)
+                self._made[name] = self._open[name]()
+            return self._made[name]
+
+    @property
+    def records(self) -> Records:
+        """The records store."""
+        return self._get("records")
+
+    @property
+    def blobs(self) -> Blobs:
+        """The blob store."""
+        return self._get("blobs")
+
+    @property
+    def signer(self) -> Signer:
+        """Signs and verifies with the home's key."""
+        return self._get("signer")
+
+    def compute(self, preload: Sequence[str] = ()) -> Compute:
+        """The compute; `preload` is used by the first call only."""
+        with self._lock:
+            if "compute" not in self._made:
+                self.home.mkdir(parents=True, exist_ok=True)
+                self._made["compute"] = self._open_compute(preload)
+            return self._made["compute"]
+
+    def setting(self, name: str) -> Any:
+        """A setting's value."""
+        return self.settings[name].value
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a home on disk."""
+        return (self.home / "records.db").is_file()
+
+    def close(self) -> None:
+        """Stop workers, seal events, flush records."""
+        with self._lock:
+            made, self._made = self._made, {}
+        if "compute" in made:
+            made["compute"].close()
+        if "records" in made:
+            made["records"].seal()
+            made["records"].close()

@@ -1,0 +1,15 @@
+"""The stage that lives in this room: `register` builds the bundle and judges it against the champion."""
+
+from __future__ import annotations
+
+from millrace.core.ports import StageDescriptor
+
+REGISTER = StageDescriptor(
+    name="register",
+    implementation="millrace.control.registration:register",
+    version="1",
+    sections=("register",),
+    inputs=("data.dataset", "export.onnx", "evaluate.predictions", "compress.variants", "compress.measurements"),
+    outputs=("bundle", "measurements", "card", "signature"),
+    extras=(("scipy", "data"),),
+)

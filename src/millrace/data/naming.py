@@ -1,0 +1,18 @@
+"""Names that were perhaps meant."""
+
+from __future__ import annotations
+
+import difflib
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A hint with the nearest known names, or all of them when none is near.
+
+    Example:
+        >>> did_you_mean("churnd", ["age", "churned"])
+        "did you mean 'churned'? columns: age, churned"
+    """
+    folded = {other.casefold(): other for other in known}
+    near = [folded[match] for match in difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.6)]
+    shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return (f"did you mean {near[0]!r}? " if near else "") + f"columns: {shown}"
