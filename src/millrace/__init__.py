@@ -32,7 +32,9 @@ def connect(home: str | None = None) -> Client:
     return Client(open_transport(home))
 
 
-def track(name: str = "", *, params: dict[str, Any] | None = None, project: str = "default", home: str | None = None) -> Tracker:
+def track(
+    name: str = "", *, params: dict[str, Any] | None = None, project: str = "default", home: str | None = None
+) -> Tracker:
     """Log metrics, parameters and artifacts of any script as a run.
 
     Args:

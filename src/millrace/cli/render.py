@@ -189,7 +189,9 @@ def render_status(answer: Any) -> None:
 
 def render_checks(checks: list[Any]) -> None:
     """One line per check."""
-    rows = [["ok" if check.ok else "NOT OK", check.name, check.text, "" if check.ok else check.hint] for check in checks]
+    rows = [
+        ["ok" if check.ok else "NOT OK", check.name, check.text, "" if check.ok else check.hint] for check in checks
+    ]
     print_table(["", "CHECK", "FOUND", "DO"], rows)
 
 

@@ -220,7 +220,9 @@ def compress(session: Session, path: str, as_json: bool, **options: Any) -> None
 @click.command(short_help="Serve a model and watch it.")
 @click.argument("model")
 @click.option("--port", type=int, help="Default: the spec's serve.port, else 8080; 0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Only loopback, as long as nobody is asked who they are.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Only loopback, as long as nobody is asked who they are."
+)
 @click.option("--threads", type=int, help="Threads of the runtime.")
 @click.option("--variant", help="Default: the variant that the version chose.")
 @json_option
@@ -385,4 +387,3 @@ drive_detached.name = "drive"
 COMMANDS: tuple[click.Command, ...] = (
     init, demo, run, compress, serve, predict, open_report, status, logs, doctor, config, drive_detached,
 )  # fmt: skip
-

@@ -92,7 +92,12 @@ class Tracker:
         if error is None:
             self.end()
         else:
-            described = {"code": "stage.failed", "message": f"{type(error).__name__}: {error}", "hint": "", "details": {}}
+            described = {
+                "code": "stage.failed",
+                "message": f"{type(error).__name__}: {error}",
+                "hint": "",
+                "details": {},
+            }
             self.end("failed", described)
 
     def __repr__(self) -> str:

@@ -40,14 +40,18 @@ def find_version(services: Services, model: str, number: int) -> ModelVersion | 
     return found[0] if found else None
 
 
-def prepare_register(services: Services, spec: Spec, parts: Mapping[str, str], steps: Mapping[str, Step]) -> Preparation:
+def prepare_register(
+    services: Services, spec: Spec, parts: Mapping[str, str], steps: Mapping[str, Step]
+) -> Preparation:
     """The champion joins the inputs; a step that made the present champion is not repeated against itself."""
     model, alias_name = model_name(spec), spec.register.alias
     alias = services.records.get(Alias, f"{model}/{alias_name}")
     champion = find_version(services, model, alias.number) if alias else None
     own = {"model": model, **parts}
     digest = champion.bundle.digest if champion else "none"
-    for earlier in services.records.find(Step, {"stage": "register", "state": "succeeded"}, order="-created_at", limit=50):
+    for earlier in services.records.find(
+        Step, {"stage": "register", "state": "succeeded"}, order="-created_at", limit=50
+    ):
         base = {name: value for name, value in earlier.key_parts.items() if name != "champion"}
         made = earlier.outputs.get("bundle")
         if base == own and made is not None and (made.digest == digest or earlier.key_parts.get("champion") == digest):
@@ -55,7 +59,9 @@ def prepare_register(services: Services, spec: Spec, parts: Mapping[str, str], s
     inputs = {"champion.bundle": champion.bundle} if champion else {}
     lineage = {
         "dataset": steps["data"].outputs["dataset"].digest,
-        "code": {name.removeprefix("code "): value for name, value in steps["train"].key_parts.items() if "code " in name},
+        "code": {
+            name.removeprefix("code "): value for name, value in steps["train"].key_parts.items() if "code " in name
+        },
         "spec": {name: value for name, value in steps["train"].key_parts.items() if " " not in name},
     }
     params = {
@@ -125,7 +131,8 @@ def _new_version(services: Services, run: Run, step: Step, facts: RegisterFacts,
     bundle = step.outputs["bundle"]
     signature = services.blobs.put(services.signer.sign(bundle.digest), media_type="application/json")
     return ModelVersion(
-        id=new_id(), project=run.project, created_at=services.clock.now(), name=facts.model, number=number, bundle=bundle,
+        id=new_id(), project=run.project, created_at=services.clock.now(), name=facts.model, number=number,
+        bundle=bundle,
         signature=signature, measurements=step.outputs.get("measurements"), card=step.outputs.get("card"),
         chosen_variant=facts.variant, run_id=run.id, facts=step.facts,
     )  # fmt: skip

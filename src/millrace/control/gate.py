@@ -53,9 +53,7 @@ def judge_challenger(
     )  # fmt: skip
 
 
-def _decide(
-    rule: Register, paired: PairedVerdict, champion: str, looks: int, *, same: bool
-) -> tuple[str, str]:
+def _decide(rule: Register, paired: PairedVerdict, champion: str, looks: int, *, same: bool) -> tuple[str, str]:
     again = f"; these rows have judged {looks} times" if looks > 1 else ""
     lost = f"loses at most {paired.bound * 100:.2f} points against {champion}"
     if rule.promote_if == "never":

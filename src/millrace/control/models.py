@@ -111,7 +111,8 @@ def rollback_model(services: Services, body: ops.RollbackRequest) -> Alias:
         target = rollback_target(alias)
         if target is None:
             raise ConflictError(
-                f"{ref.name}@{body.alias} has been at version {alias.number} only", hint="there is nothing to go back to"
+                f"{ref.name}@{body.alias} has been at version {alias.number} only",
+                hint="there is nothing to go back to",
             )
         reason = body.reason or "rolled back"
         return move_alias(
@@ -181,7 +182,11 @@ def export_model(services: Services, body: ops.ExportRequest) -> ops.ExportRespo
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.unlink(missing_ok=True)
             shutil.copyfile(path, copy)
-    beside = {"MODEL_CARD.md": version.card, "signature.json": version.signature, "measurements.json": version.measurements}
+    beside = {
+        "MODEL_CARD.md": version.card,
+        "signature.json": version.signature,
+        "measurements.json": version.measurements,
+    }
     for name, artifact in beside.items():
         if artifact is not None:
             (target / name).write_bytes(services.blobs.read(artifact.digest))
@@ -242,9 +247,7 @@ def diff_datasets(services: Services, body: ops.DatasetDiffRequest) -> ops.Datas
     names = sorted({*sides[0], *sides[1]})
     pairs = {name: [sides[0].get(name), sides[1].get(name)] for name in names}
     changes = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    return ops.DatasetDiff(
-        left=f"{left.name}@{left.number}", right=f"{right.name}@{right.number}", changes=changes
-    )
+    return ops.DatasetDiff(left=f"{left.name}@{left.number}", right=f"{right.name}@{right.number}", changes=changes)
 
 
 def _profile(version: DatasetVersion) -> dict[str, Any]:
@@ -256,4 +259,3 @@ def _profile(version: DatasetVersion) -> dict[str, Any]:
         for key in ("type", "missing", "distinct", "mean", "sd", "min", "max"):
             flat[f"{column['name']}.{key}"] = column.get(key)
     return flat
-

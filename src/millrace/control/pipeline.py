@@ -127,9 +127,7 @@ class Driver:
         busy = {plan.name for plan in running}
         done = {name for name, step in self._steps.items() if step.state in STEP_DONE_STATES}
         ready = [
-            plan
-            for plan in self._plans
-            if plan.name not in busy and plan.name not in done and set(plan.needs) <= done
+            plan for plan in self._plans if plan.name not in busy and plan.name not in done and set(plan.needs) <= done
         ]
         timed = [plan for plan in ready if self._is_timed(plan)]
         others = [plan for plan in ready if not self._is_timed(plan)]
@@ -290,9 +288,7 @@ class Driver:
         self._steps[plan.name] = done = self._journal.step(
             step, "succeeded", apply, outputs=result.outputs, facts=result.facts, ended_at=now
         )
-        self._emit(
-            RunEvent(kind="step", step=plan.name, state="succeeded", facts=done.facts, duration_s=now - started)
-        )
+        self._emit(RunEvent(kind="step", step=plan.name, state="succeeded", facts=done.facts, duration_s=now - started))
 
     def _skip_rest(self) -> None:
         for name, step in self._steps.items():
@@ -326,7 +322,9 @@ class LeaseOnWork:
 def last_parts(services: Services, step: Step) -> dict[str, str] | None:
     """The key parts of the newest earlier step of the same name and project that had a key."""
     found = services.records.find(
-        Step, {"name": step.name, "project": step.project, "state": ["succeeded", "cached"]}, order="-created_at", limit=1
+        Step,
+        {"name": step.name, "project": step.project, "state": ["succeeded", "cached"]},
+        order="-created_at",
+        limit=1,
     )
     return found[0].key_parts if found else None
-

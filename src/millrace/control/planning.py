@@ -112,7 +112,9 @@ def _ordered(plans: list[StepPlan]) -> list[StepPlan]:
     return ordered
 
 
-def check_before_work(spec: Spec, steps: Sequence[StepPlan], stages: Mapping[str, StageDescriptor], folder: Path) -> None:
+def check_before_work(
+    spec: Spec, steps: Sequence[StepPlan], stages: Mapping[str, StageDescriptor], folder: Path
+) -> None:
     """Find missing extras and files before anything runs.
 
     Raises:
@@ -262,4 +264,6 @@ def explain(old: Mapping[str, str] | None, new: Mapping[str, str]) -> str:
             reasons.append(f"{rest} {'is new' if before is None else 'is gone' if after is None else 'changed'}")
         else:
             reasons.append(f"{rest or name} {before or 'absent'} → {after or 'absent'}")
-    return ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" if len(reasons) > 4 else "") or "not finished before"
+    return (
+        ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" if len(reasons) > 4 else "") or "not finished before"
+    )

@@ -275,4 +275,3 @@ def read_metrics(services: Services, body: ops.MetricsRequest) -> list[MetricPoi
     """Points in the order of arrival."""
     run = find_run(services, body.run)
     return services.records.metrics(run.id, body.name, since=body.since)
-

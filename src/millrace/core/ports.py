@@ -314,7 +314,7 @@ class Context(Protocol):
 
     @property
     def device(self) -> str:
-        """"cpu", "cuda" or "mps"; resolved."""
+        """ "cpu", "cuda" or "mps"; resolved."""
         ...
 
     @property

@@ -11,9 +11,7 @@ from millrace.core.errors import InputError
 
 RefKind = Literal["run", "step", "dataset", "model", "endpoint", "alert", "project", "event"]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_REF = re.compile(
-    rf"^(?:(?P<kind>[a-z]+):)?(?:(?P<project>{_NAME})/)?(?P<name>{_NAME})(?:@(?P<at>{_NAME}))?$"
-)
+_REF = re.compile(rf"^(?:(?P<kind>[a-z]+):)?(?:(?P<project>{_NAME})/)?(?P<name>{_NAME})(?:@(?P<at>{_NAME}))?$")
 
 
 class Ref(msgspec.Struct, frozen=True):

@@ -34,7 +34,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="home", type=str, default="", summary="Folder of the home; default: .millrace beside the spec."),
     Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),
     Setting(name="heartbeat_timeout_s", type=float, default=60.0, summary="A step silent for so long is hung."),
-    Setting(name="parallel_steps", type=int, default=0, summary="How many steps of a run may run at once; 0: as many as processors, for own steps."),
+    Setting(
+        name="parallel_steps",
+        type=int,
+        default=0,
+        summary="How many steps of a run may run at once; 0: as many as processors, for own steps.",
+    ),
     Setting(name="gc_min_age_s", type=float, default=3600.0, summary="`system gc` keeps blobs younger than this."),
     Setting(name="gc_keep_runs", type=int, default=50, summary="`system gc` keeps the outputs of so many runs."),
 )

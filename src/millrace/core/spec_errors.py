@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from millrace.core.errors import InputError, NotFoundError
-from millrace.core.spec import Spec
+from millrace.core.spec import Data, Spec
 from millrace.core.spec_source import KeyPath, Position, Problem, Source, dotted, parse_yaml, refuse
 from millrace.core.units import Share, parse_duration, parse_size
 
@@ -196,7 +196,7 @@ def schema_problems(source: Source) -> Iterator[Problem]:
 
 
 def _explain(error: Any, source: Source, prefix: KeyPath) -> Iterator[Problem]:
-    path = (*prefix, *error.absolute_path) if not prefix else prefix
+    path = prefix or tuple(error.absolute_path)
     explain = _EXPLANATIONS.get(error.validator)
     if explain is not None:
         yield from explain(error, source, path)
@@ -327,10 +327,14 @@ def _data_problems(spec: Spec, problem: Any) -> Iterator[Problem]:
         yield problem(("data", "ignore"), "the label cannot be ignored", data.label)
     if spec.train.class_weights and data.task == "regression":
         yield problem(("train", "class_weights"), "class weights need classes", "task: regression")
+    yield from _expectation_problems(data, problem)
+
+
+def _expectation_problems(data: Data, problem: Any) -> Iterator[Problem]:
     for key in ("test", "validation"):
-        rule = _split_rule(getattr(split, key))
+        rule = _split_rule(getattr(data.split, key))
         if rule:
-            yield problem(("data", "split", key), rule, describe(getattr(split, key)))
+            yield problem(("data", "split", key), rule, describe(getattr(data.split, key)))
     for key in ("rows", "classes"):
         value = getattr(data.expect, key)
         if isinstance(value, str) and not _is_comparison(value):

@@ -144,7 +144,8 @@ class _Walk:
             raise refuse([Problem(position, "", f"a spec may have {MAX_NODES} values, {MAX_DEPTH} deep, at most")])
         if isinstance(node, yaml.ScalarNode):
             self._check_tag(node, position, implicit=node.style is not None)
-            return _scalar(node.value) if node.style is None and not node.tag.startswith("!") else node.value
+            text = _text(node.value, position)
+            return _scalar(text) if node.style is None and not node.tag.startswith("!") else text
         self._check_tag(node, position, implicit=True)
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
@@ -157,9 +158,9 @@ class _Walk:
             position = Position(self._source.file, key_node.start_mark.line + 1, key_node.start_mark.column + 1)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise refuse([Problem(position, "", "a key must be text")])
-            key = key_node.value
+            key = _text(key_node.value, position)
             if key in result:
-                raise refuse([Problem(position, _dotted((*path, key)), "a key may stand only once in a mapping")])
+                raise refuse([Problem(position, dotted((*path, key)), "a key may stand only once in a mapping")])
             result[key] = self.convert(value_node, (*path, key), depth + 1)
             self._source.positions[(*path, key)] = Position(
                 self._source.file, value_node.start_mark.line + 1, value_node.start_mark.column + 1
@@ -173,14 +174,21 @@ class _Walk:
             raise refuse([Problem(position, "", "tags are not allowed in a spec", node.tag)])
 
 
-def _dotted(path: KeyPath) -> str:
+def _text(value: str, position: Position) -> str:
+    """JSON's escaped surrogate pairs become characters; a lone half is refused."""
+    if value.isascii():
+        return value
+    try:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise refuse([Problem(position, "", "half a surrogate pair is not text")]) from None
+
+
+def dotted(path: KeyPath) -> str:
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
-
-
-dotted = _dotted
 
 
 def _scalar(text: str) -> Any:

@@ -182,6 +182,5 @@ class MetricPoint(msgspec.Struct, frozen=True, array_like=True):
 
 
 RECORD_TYPES: dict[str, type[Record]] = {
-    record.kind: record
-    for record in (Run, Step, DatasetVersion, ModelVersion, Alias, Endpoint, Alert, Lease)
+    record.kind: record for record in (Run, Step, DatasetVersion, ModelVersion, Alias, Endpoint, Alert, Lease)
 }

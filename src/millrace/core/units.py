@@ -84,7 +84,9 @@ def format_size(size_bytes: int) -> str:
     """
     for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
         if size_bytes >= factor:
-            return f"{size_bytes / factor:.3g}{unit}" if size_bytes < 100 * factor else f"{size_bytes / factor:.0f}{unit}"
+            return (
+                f"{size_bytes / factor:.3g}{unit}" if size_bytes < 100 * factor else f"{size_bytes / factor:.0f}{unit}"
+            )
     return f"{size_bytes}B"
 
 

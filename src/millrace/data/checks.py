@@ -110,9 +110,7 @@ def _broken_columns(expect: Expect, frame: pl.DataFrame, columns: list[str]) -> 
     return broken
 
 
-def check_classes(
-    places: np.ndarray, codes: np.ndarray, classes: list[str], where: Callable[[int], str]
-) -> list[str]:
+def check_classes(places: np.ndarray, codes: np.ndarray, classes: list[str], where: Callable[[int], str]) -> list[str]:
     """Every class must be in training and test rows; one that validation lacks is a warning.
 
     Args:

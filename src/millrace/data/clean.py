@@ -26,11 +26,13 @@ class Cleaner:
     Args:
         table: What the source gave.
         data: The spec's section.
+        given: Types that are not to be inferred.
     """
 
-    def __init__(self, table: Table, data: Data) -> None:
+    def __init__(self, table: Table, data: Data, given: dict[str, str]) -> None:
         self.table = table
         self.data = data
+        self.given = given
         self.frame = _with_nulls(table.frame, list(data.null_values))
         self.types: dict[str, str] = {}
         self.fills: dict[str, Fill] = {}
@@ -48,8 +50,8 @@ class Cleaner:
             ignored: Columns that are not looked into.
             required: Columns that the split needs: rows without a value are rejected as missing.
         """
-        data = self.data
-        by_hand = self._text_rule_columns() - set(data.types)
+        data, required = self.data, list(required)
+        by_hand = self._text_rule_columns() - set(self.given)
         self._convert([c for c in self.columns if c not in by_hand and c not in ignored])
         for rule in data.clean:
             name, compiled = compile_rule(rule, Scope(self.frame, data.label, frozenset(self.fills)))
@@ -77,7 +79,7 @@ class Cleaner:
                 self.types[column] = "image"
                 continue
             is_label = column == self.data.label
-            wanted = self.data.types.get(column) or infer_type(self.frame[column], is_label)
+            wanted = self.given.get(column) or infer_type(self.frame[column], is_label)
             self.types[column] = wanted
             value, reason = conversion(column, dtype, wanted)
             rejects.append(Reject(reason, column, pl.col(column).is_not_null() & value.is_null()))
@@ -132,7 +134,9 @@ class Cleaner:
         """Every rejected row: rule, reason, column, value, file, row, record (JSON); in source order by rule."""
         if not self.rejected:
             return pl.DataFrame(schema=_REJECTED_SCHEMA)
-        files = pl.col("file").replace_strict(list(range(len(self.table.files))), self.table.files, return_dtype=pl.String)
+        files = pl.col("file").replace_strict(
+            list(range(len(self.table.files))), self.table.files, return_dtype=pl.String
+        )
         return pl.concat(self.rejected).with_columns(files)
 
     def counts(self) -> dict[str, int]:

@@ -230,7 +230,9 @@ def _number_columns(values: np.ndarray, name: str) -> pl.DataFrame:
 
 def _pixel_column(values: np.ndarray, frame: pl.DataFrame, name: str, data: Data) -> ImageRows:
     if values.dtype.kind not in "iufb" or values.ndim > 4:
-        raise DataError(f"{name} has images {list(values.shape)} of {values.dtype}: want [N, H, W] or [N, H, W, C] numbers")
+        raise DataError(
+            f"{name} has images {list(values.shape)} of {values.dtype}: want [N, H, W] or [N, H, W, C] numbers"
+        )
     shape = list(data.image.shape) if data.image else list(values.shape[1:])
     size = math.prod(values.shape[1:])
     if math.prod(shape) != size:

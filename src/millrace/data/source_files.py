@@ -107,7 +107,9 @@ def _readable(files: list[Path], wanted: str) -> list[Path]:
     formats = {path: format_of(path) for path in files}
     if wanted != "auto":
         return [path for path in files if formats[path] == wanted]
-    return [path for path in files if formats[path] is not None and path.name.lower() not in ("readme.txt", "license.txt")]
+    return [
+        path for path in files if formats[path] is not None and path.name.lower() not in ("readme.txt", "license.txt")
+    ]
 
 
 def _with_labels(files: Iterable[Path], wanted: str) -> Iterable[Path]:

@@ -65,8 +65,12 @@ def read_source(data: Data, project_dir: Path) -> Table:
     if data.label == PIXELS and rows.shape:
         raise DataError("data.label may not be 'pixels' where the source is of images", hint="call it label")
     frame = _with_place(rows.frame, 0, rows.frame.height)
-    return Table(frame, names if kind != "images" else [data.source if isinstance(data.source, str) else names[0]],
-                 rows.shape, rows.dtype)
+    return Table(
+        frame,
+        names if kind != "images" else [data.source if isinstance(data.source, str) else names[0]],
+        rows.shape,
+        rows.dtype,
+    )
 
 
 def _kind(data: Data, files: list[Path], names: list[str]) -> str:
@@ -120,7 +124,9 @@ def _same_types(frames: list[pl.DataFrame]) -> list[pl.DataFrame]:
     target = {column: _joint(kinds) for column, kinds in types.items() if len(kinds) > 1}
     target |= {column: next(iter(kinds)) for column, kinds in types.items() if len(kinds) == 1}
     return [
-        frame.with_columns([pl.col(c).cast(t) for c, t in target.items() if c in frame.columns and frame.schema[c] != t])
+        frame.with_columns(
+            [pl.col(c).cast(t) for c, t in target.items() if c in frame.columns and frame.schema[c] != t]
+        )
         for frame in frames
     ]
 

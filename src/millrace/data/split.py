@@ -1,8 +1,8 @@
 """Train, validation and test: by the hash of a key, by class, by group, or by time.
 
 With shares, a row's place depends on its hash alone: appending rows moves none. With exact counts
-(and `stratify: true`), the rows with the lowest hashes are the test: appending rows can push rows
-out of the test, but a row that once trained a model never becomes a test row while shares hold.
+(and `stratify: true`), the rows with the lowest hashes are the test: appending rows then moves the
+few rows that stand at the boundary.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def by_threshold(hashes: np.ndarray, want: Sizes) -> np.ndarray:
 def repair(places: np.ndarray, hashes: np.ndarray, strata: np.ndarray) -> np.ndarray:
     """Give every stratum with three rows or more at least one row in each place.
 
-    The lowest hash goes to the test, the next to validation, the highest to training.
+    The lowest hash goes to the test, the next to validation, the highest to training. A stratum of
+    two rows has one in the test and one in training.
 
     Example:
         >>> repair(np.zeros(3, np.int8), np.array([3, 1, 2], np.uint64), np.zeros(3, int)).tolist()
@@ -116,7 +117,10 @@ def repair(places: np.ndarray, hashes: np.ndarray, strata: np.ndarray) -> np.nda
     for rows in _groups(strata):
         order = rows[np.argsort(hashes[rows], kind="stable")]
         present = set(places[order].tolist())
-        if len(order) < 3 or len(present) == 3:
+        if len(order) < 2 or len(present) == 3:
+            continue
+        if len(order) == 2:
+            places[order] = [TEST, TRAIN]
             continue
         if TEST not in present:
             places[order[0]] = TEST
@@ -135,22 +139,21 @@ def _groups(strata: np.ndarray) -> list[np.ndarray]:
     return np.split(order, edges)
 
 
-def quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
+def quotas(counts: np.ndarray, total: int, room: np.ndarray) -> np.ndarray:
     """Share `total` rows out over strata in proportion, by largest remainder, at least one each.
 
     Args:
         counts: Rows of every stratum.
         total: Rows to hand out.
-        reserve: Rows that every stratum keeps back.
+        room: How many rows every stratum can spare; none where it cannot spare any.
 
     Raises:
         DataError: There are fewer rows to hand out than strata that must have one, or too many.
 
     Example:
-        >>> quotas(np.array([90, 9, 3]), 10, 2).tolist()
+        >>> quotas(np.array([90, 9, 3]), 10, np.array([88, 7, 1])).tolist()
         [8, 1, 1]
     """
-    room = np.maximum(counts - reserve, 0)
     least = np.minimum(room, 1)
     if total < least.sum() or total > room.sum():
         raise DataError(
@@ -182,8 +185,8 @@ def by_quota(hashes: np.ndarray, strata: np.ndarray, want: Sizes) -> np.ndarray:
     """
     groups = _groups(strata)
     counts = np.array([len(rows) for rows in groups])
-    test = quotas(counts, want.test, 2)
-    validation = quotas(counts - test, want.validation, 1)
+    test = quotas(counts, want.test, np.maximum(counts - np.where(counts > 2, 2, 1), 0))
+    validation = quotas(counts, want.validation, np.maximum(counts - test - 1, 0))
     places = np.zeros(len(hashes), dtype=np.int8)
     for rows, tests, validations in zip(groups, test, validation, strict=True):
         order = rows[np.argsort(hashes[rows], kind="stable")]
@@ -277,4 +280,12 @@ def assign(want: Sizes, hashes: np.ndarray, strata: np.ndarray, stratify: bool |
         strata = np.zeros(len(hashes), dtype=np.int64)
     if want.is_exact or stratify:
         return by_quota(hashes, strata, want)
-    return repair(by_threshold(hashes, want), hashes, strata)
+    places = repair(by_threshold(hashes, want), hashes, strata)
+    if VALIDATION not in places:
+        train = np.flatnonzero(places == TRAIN)
+        counts = np.bincount(strata[train], minlength=int(strata.max()) + 1)
+        spare = train[counts[strata[train]] > 1]
+        if len(spare) == 0:
+            raise DataError(f"data.split: {len(places)} rows are too few for training, validation and test rows")
+        places[spare[np.argmin(hashes[spare])]] = VALIDATION
+    return places

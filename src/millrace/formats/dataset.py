@@ -101,9 +101,7 @@ def tensors(manifest: Manifest) -> list[TensorSpec]:
     found = []
     if numbers:
         found.append(
-            TensorSpec(
-                name="numbers", dtype="float32", shape=[-1, len(numbers)], semantic="number", columns=numbers
-            )
+            TensorSpec(name="numbers", dtype="float32", shape=[-1, len(numbers)], semantic="number", columns=numbers)
         )
     if categories:
         found.append(
@@ -228,7 +226,9 @@ class DatasetReader:
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    numbers = column.cast(pa.float64()) if not pa.types.is_boolean(column.type) else column.cast(pa.int8()).cast(pa.float64())
+    numbers = (
+        column.cast(pa.float64()) if not pa.types.is_boolean(column.type) else column.cast(pa.int8()).cast(pa.float64())
+    )
     return pc.fill_null(numbers, float("nan")).to_numpy()
 
 

@@ -65,9 +65,10 @@ def _write(reader: DatasetReader, split: str, place: Path) -> None:
         words: list[str] = []
         for name, values in reader.arrays(split).items():
             if values.dtype == object:
-                distinct, codes = np.unique(values.astype(str), return_inverse=True)
-                words = distinct.tolist()
-                values = codes.reshape(values.shape).astype(np.int32)
+                words = sorted(set(values.flat))
+                code = {word: index for index, word in enumerate(words)}
+                codes = np.fromiter((code[word] for word in values.flat), dtype=np.int32, count=values.size)
+                values = codes.reshape(values.shape)
             np.save(made / f"{name}.npy", values, allow_pickle=False)
         np.save(made / "labels.npy", reader.labels(split), allow_pickle=False)
         (made / _WORDS).write_bytes(msgspec.json.encode(words))

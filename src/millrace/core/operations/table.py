@@ -5,7 +5,5 @@ from __future__ import annotations
 from millrace.core.operations import Operation, live, registry, runs
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation
-    for module in (runs, registry, live)
-    for operation in module.OPERATIONS
+    operation.name: operation for module in (runs, registry, live) for operation in module.OPERATIONS
 }

@@ -1,0 +1,51 @@
+"""Which fields of a record stand in columns of their own. Light: opening a home needs no SQLAlchemy.
+
+`schema` builds the tables from this, `queries` the prepared statements: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from millrace.core.types import RECORD_TYPES
+
+HEAD = "0001"  # the newest revision under migrations/versions; a test compares
+
+
+class Column(NamedTuple):
+    """A column that mirrors one field of the record, so that `find` can use SQL."""
+
+    name: str
+    type: str = "text"  # text, integer or real
+    nullable: bool = False
+
+
+class TableLayout(NamedTuple):
+    """One table per kind of record: id, the shared columns, its own columns, and the whole record as JSON."""
+
+    name: str
+    columns: tuple[Column, ...]
+    indexes: tuple[tuple[str, ...], ...]
+
+
+SHARED = (Column("id"), Column("project"), Column("created_at", "real"), Column("version", "integer"))
+_NAME, _STATE, _NUMBER = Column("name"), Column("state"), Column("number", "integer")
+_RUN = Column("run_id", nullable=True)
+
+TABLES: dict[str, TableLayout] = {
+    "run": TableLayout("runs", (_NAME, _STATE, Column("spec_path")), (("created_at",), ("spec_path",))),
+    "step": TableLayout(
+        "steps",
+        (Column("run_id"), _NAME, Column("stage"), _STATE, Column("cache_key")),
+        (("run_id",), ("cache_key",), ("stage", "state"), ("name", "created_at")),
+    ),
+    "dataset_version": TableLayout("dataset_versions", (_NAME, _NUMBER, _RUN), (("name", "number"),)),
+    "model_version": TableLayout("model_versions", (_NAME, _NUMBER, _RUN), (("name", "number"),)),
+    "alias": TableLayout("aliases", (Column("model"), _NAME, _NUMBER), (("model",),)),
+    "endpoint": TableLayout("endpoints", (_NAME, Column("model"), _STATE), (("name",),)),
+    "alert": TableLayout(
+        "alerts", (Column("endpoint"), Column("model"), _STATE), (("created_at",), ("endpoint", "state"))
+    ),
+    "lease": TableLayout("leases", (), ()),
+}
+assert set(TABLES) == set(RECORD_TYPES)

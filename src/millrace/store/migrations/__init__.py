@@ -1,0 +1,1 @@
+"""Alembic revisions of the schema, shipped as package data."""

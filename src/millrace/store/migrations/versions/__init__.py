@@ -1,0 +1,1 @@
+"""One file per revision. Frozen once released: a revision never imports the live schema."""

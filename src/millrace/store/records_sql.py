@@ -1,0 +1,303 @@
+"""Records on SQLite: one file, several threads and processes, every write durable when it returns."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import importlib
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millrace.core.clock import Clock, SystemClock
+from millrace.core.errors import DiskFullError, SchemaVersionError
+from millrace.core.types import Event, MetricPoint, Record
+from millrace.store import metric_buffer, queries, sealing
+from millrace.store.layout import HEAD
+from millrace.store.metric_buffer import MetricBuffer
+from millrace.store.sealing import SealedLink
+from millrace.store.sqlite import begin, connect, refuse_network_filesystem, translated
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+
+def open_records(path: Path, clock: Clock | None = None) -> SqlRecords:
+    """Open the records of a home; a new file is created at the newest schema, an older one migrated.
+
+    Args:
+        path: The database file, `records.db` in the home; its folder is created.
+        clock: Where `created_at` of a record without one comes from.
+
+    Raises:
+        SchemaVersionError: A newer Millrace wrote this file.
+        InputError: The folder lies on a network filesystem.
+        CorruptError: The file is not a database, or damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from millrace.core.types import Run
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     records = open_records(Path(home) / "records.db")
+        ...     run = records.put(Run(id="r1", name="first"))
+        ...     records.get(Run, "r1").name, run.version
+        ...     records.close()
+        ('first', 1)
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_network_filesystem(path.parent)
+    if not path.exists() or _revision(path) != HEAD:
+        _bring_to_head(path)
+    return SqlRecords(path, clock or SystemClock())
+
+
+class SqlTransaction:
+    """Implements `core.ports.Transaction`; ends with the `with` block that made it."""
+
+    def __init__(self, connection: sqlite3.Connection, clock: Clock) -> None:
+        self._open: sqlite3.Connection | None = connection
+        self._clock = clock
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._open is None:
+            raise RuntimeError("this transaction has ended")
+        return self._open
+
+    def get(self, record_type: type[R], id: str) -> R | None:
+        """The record inside this transaction, or None."""
+        return queries.get(self._connection, record_type, id)
+
+    def find(self, record_type: type[R], where: Mapping[str, Any] | None = None) -> list[R]:
+        """Records whose fields equal `where`, inside this transaction, oldest first."""
+        return queries.find(self._connection, record_type, where)
+
+    def put(self, record: R, expect_version: int | None = None) -> R:
+        """Insert or replace; a `created_at` of 0 becomes now on insertion."""
+        return queries.put(self._connection, record, expect_version, self._clock.now())
+
+    def delete(self, record_type: type[Record], id: str) -> bool:
+        """Remove a record, and with a run its metric points."""
+        return queries.delete(self._connection, record_type, id)
+
+    def append(self, event: Event) -> None:
+        """Add an event, unsealed."""
+        sealing.append(self._connection, event)
+
+    def end(self) -> None:
+        """No more calls."""
+        self._open = None
+
+
+class SqlRecords:
+    """Implements `core.ports.Records` on one SQLite file. Made by `open_records`.
+
+    One connection writes and one reads, each under a lock; WAL lets them not wait for each other.
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path = path
+        self._clock = clock
+        self._pid = os.getpid()
+        self._writer, self._reader = connect(path), connect(path)
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._writing_thread: int | None = None
+        self._buffer = MetricBuffer(self._flush)
+        self._closed = False
+        atexit.register(self.close)
+
+    def get(self, record_type: type[R], id: str) -> R | None:
+        """The newest committed record, or None."""
+        return self._read(lambda connection: queries.get(connection, record_type, id))
+
+    def find(
+        self,
+        record_type: type[R],
+        where: Mapping[str, Any] | None = None,
+        order: str = "created_at",
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[R]:
+        """Records whose fields equal `where`; ties by id, in the direction of the order."""
+        return self._read(lambda connection: queries.find(connection, record_type, where, order, limit, offset))
+
+    def put(self, record: R, expect_version: int | None = None) -> R:
+        """One put in a transaction of its own."""
+        with self.transaction() as transaction:
+            return transaction.put(record, expect_version)
+
+    @contextmanager
+    def transaction(self) -> Iterator[SqlTransaction]:
+        """A write transaction; waiting metric points become durable with it.
+
+        Raises:
+            DiskFullError: Nothing was written.
+            UnavailableError: Another process held the lock for half a minute.
+        """
+        with self._writing() as connection:
+            transaction = SqlTransaction(connection, self._clock)
+            try:
+                yield transaction
+            finally:
+                transaction.end()
+
+    def events(self, since: int = 0, subject: str | None = None, limit: int = 1000) -> list[Event]:
+        """Sealed events with `seq` > since, in order."""
+        found = self._read(lambda connection: sealing.links(connection, since, subject, limit))
+        return [sealing.as_event(id, link) for id, link in found]
+
+    def seal(self, fence: int = 0) -> int:
+        """Seal every unsealed event. Returns how many.
+
+        Raises:
+            ConflictError: A sealer with a newer fence has taken over.
+        """
+        total = 0
+        while self._read(sealing.has_unsealed):
+            with self._writing() as connection:
+                total += sealing.seal_batch(connection, fence)
+        return total
+
+    def append_metrics(self, points: Sequence[MetricPoint]) -> None:
+        """Append points; durable together with the next transaction or within one second."""
+        self._buffer.append(points)
+
+    def metrics(self, run_id: str, name: str | None = None, since: int = 0, limit: int = 100_000) -> list[MetricPoint]:
+        """Points of a run in the order of arrival; those that wait in this process are written first."""
+        self._flush()
+        return self._read(lambda connection: metric_buffer.read(connection, run_id, name, since, limit))
+
+    def links(self, since: int = 0, limit: int = 1000) -> list[SealedLink]:
+        """Sealed events as `security.chain.verify` wants them."""
+        return [link for _, link in self._read(lambda connection: sealing.links(connection, since, None, limit))]
+
+    def head(self) -> tuple[int, str]:
+        """The last sealed seq and chain digest, (0, 64 zeros) before the first."""
+        return self._read(sealing.head)
+
+    def erase_detail(self, event_id: int) -> bool:
+        """Erase an event's detail and salt for good; the chain still verifies. False: there was none."""
+        with self._writing() as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            erased = connection.execute("DELETE FROM event_details WHERE event_id = ?", (event_id,)).rowcount > 0
+        with self._write_lock, translated(self.path):  # the old page also stands in the log: empty it
+            self._writer.execute("PRAGMA secure_delete=OFF")
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return erased
+
+    def close(self) -> None:
+        """Flush and let go of the files; does nothing the second time, or in a forked child."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._buffer.stop()
+        try:
+            self._flush()
+        finally:
+            with self._write_lock, self._read_lock:
+                self._writer.close()
+                self._reader.close()
+
+    def _read(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        with self._read_lock, translated(self.path):
+            return question(self._reader)
+
+    def _flush(self) -> None:
+        if not self._buffer.is_empty:
+            with self._writing():
+                pass
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """BEGIN IMMEDIATE … COMMIT on the writer, waiting metric points included."""
+        if self._writing_thread == threading.get_ident():
+            raise RuntimeError("a transaction inside a transaction would wait for itself: use the open one")
+        with self._write_lock, translated(self.path):
+            self._writing_thread = threading.get_ident()
+            rows: list[metric_buffer.Row] = []
+            try:
+                begin(self._writer)
+                yield self._writer
+                rows = self._buffer.write(self._writer)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                self._buffer.restore(rows)
+                raise
+            finally:
+                self._writing_thread = None
+
+
+def _revision(path: Path) -> str | None:
+    """The stamped revision by plain SQL: opening a current home must not import Alembic.
+
+    Raises:
+        SchemaVersionError: The file is some other program's database.
+    """
+    connection = connect(path)
+    try:
+        with translated(path):
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "alembic_version" in tables:
+                row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+                return None if row is None else row[0]
+    finally:
+        connection.close()
+    if tables - {"sqlite_sequence"}:
+        raise SchemaVersionError(
+            f"{path} is a database, but not one of Millrace: it has the tables {', '.join(sorted(tables))}",
+            hint="choose another folder with MILLRACE_HOME",
+        )
+    return None
+
+
+def _bring_to_head(path: Path) -> None:
+    """Create or migrate under an exclusive lock, so that several first commands at once do it once."""
+    lock = os.open(path.with_name("records.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = _revision(path) if path.exists() else None
+        if found == HEAD:
+            return
+        # by name, as stages are: 0.4 s of SQLAlchemy and Alembic that no opening of a current home pays
+        migrate = importlib.import_module("millrace.store.migrate")
+        if found is None:
+            _create(path, migrate.create)
+        else:
+            migrate.upgrade(path)
+    except OSError as error:
+        if error.errno in (28, 122):
+            raise DiskFullError(f"{path}: the disk is full, the records could not be created") from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def _create(path: Path, create: Callable[[Path], None]) -> None:
+    """A new file appears complete or not at all: made beside its place, then renamed."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    try:
+        create(new)
+        connection = connect(new)
+        try:
+            with translated(path):
+                connection.execute("PRAGMA journal_mode=WAL")
+        finally:
+            connection.close()
+        os.replace(new, path)
+    finally:
+        for leftover in (new, Path(f"{new}-journal"), Path(f"{new}-wal"), Path(f"{new}-shm")):
+            leftover.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

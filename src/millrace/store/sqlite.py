@@ -1,0 +1,152 @@
+"""SQLite as we use it: WAL, synchronous=FULL, waits instead of 'database is locked', our errors."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from millrace.core.errors import CorruptError, DiskFullError, InputError, MillraceError, UnavailableError
+
+BUSY_TIMEOUT_S = 30.0
+# 9p and virtiofs are absent on purpose: they are how sandboxes mount a local disk.
+NETWORK_FILESYSTEMS = frozenset(
+    "nfs nfs4 cifs smb2 smb3 smbfs ncpfs afs ceph glusterfs fuse.glusterfs lustre beegfs gpfs ocfs2 gfs2 "
+    "fuse.sshfs fuse.s3fs fuse.gcsfuse fuse.rclone fuse.juicefs davfs fuse.davfs2".split()
+)
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_CLOSED = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
+
+
+def connect(path: Path, timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+    """A connection in autocommit mode (transactions are ours), usable from any thread under a lock."""
+    with translated(path):
+        connection = sqlite3.connect(
+            path, timeout=timeout_s, isolation_level=None, check_same_thread=False, cached_statements=512
+        )
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+    return connection
+
+
+def begin(connection: sqlite3.Connection, timeout_s: float = BUSY_TIMEOUT_S) -> None:
+    """BEGIN IMMEDIATE, repeated while another process writes.
+
+    SQLite's own busy handler is not asked in a few cases (recovery of a WAL, a change of journal mode),
+    so the wait is repeated here until the time is up.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+        else:
+            return
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another process holds the lock that was needed."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _BUSY
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours; what would be a bug of ours passes through."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        known = as_millrace_error(error, path)
+        if known is None:
+            raise
+        raise known from error
+
+
+def as_millrace_error(error: sqlite3.Error, path: Path) -> MillraceError | None:
+    """The error of the tree that says what happened, or None when the statement itself was wrong.
+
+    Example:
+        >>> error = sqlite3.OperationalError("database or disk is full")
+        >>> error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        >>> as_millrace_error(error, Path("records.db")).code
+        'capacity.disk_full'
+    """
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
+        return DiskFullError(f"{path}: the disk is full, nothing of this change was written")
+    if code in _CORRUPT:
+        return CorruptError(
+            f"{path} is damaged: {error}",
+            hint="restore it from a backup; `sqlite3 records.db .recover` saves what is readable",
+        )
+    if code in _BUSY:
+        return UnavailableError(
+            f"{path} was locked by another process for {BUSY_TIMEOUT_S:.0f} s",
+            hint="see who holds it with `fuser` on the file; a stopped process keeps its lock",
+        )
+    if code in _CLOSED:
+        return UnavailableError(f"{path} cannot be opened for writing: {error}", hint="check the folder's permissions")
+    if code == sqlite3.SQLITE_IOERR:
+        return UnavailableError(f"{path}: the disk reports an error: {error}", hint="check the disk, then try again")
+    return None
+
+
+def _is_full(path: Path) -> bool:
+    """Some calls (growing the shared-memory file) report a full disk as an input/output error."""
+    try:
+        state = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return state.f_bavail * state.f_frsize < 64 * 1024
+
+
+def refuse_network_filesystem(folder: Path, mounts: str | None = None) -> None:
+    """Refuse a folder where SQLite's locks and shared memory do not work.
+
+    Args:
+        folder: The folder of the database.
+        mounts: The text of `/proc/mounts`; read when absent (no check where there is none).
+
+    Raises:
+        InputError: The folder lies on a network filesystem.
+
+    Example:
+        >>> refuse_network_filesystem(Path("/srv/x"), "h:/e /srv nfs4 rw 0 0")
+        Traceback (most recent call last):
+        ...
+        millrace.core.errors.InputError: the records cannot lie in /srv/x: it is on nfs4, and several ...
+    """
+    if mounts is None:
+        table = Path("/proc/mounts")
+        mounts = table.read_text(errors="replace") if table.exists() else ""
+    kind = filesystem_of(folder, mounts)
+    if kind in NETWORK_FILESYSTEMS:
+        raise InputError(
+            f"the records cannot lie in {folder}: it is on {kind}, and several processes on one SQLite file need "
+            "the locks and the shared memory of a local disk",
+            hint="set MILLRACE_HOME to a folder on a local disk",
+        )
+
+
+def filesystem_of(folder: Path, mounts: str) -> str:
+    """The type of the filesystem that holds a folder: the longest mount point that contains it.
+
+    Example:
+        >>> filesystem_of(Path("/srv/a b/home"), "/dev/sda / ext4 rw 0 0\\nh:/e /srv/a\\\\040b nfs4 rw 0 0")
+        'nfs4'
+    """
+    resolved, best, found = folder.resolve(), -1, ""
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        point = Path(fields[1].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
+        if (point == resolved or point in resolved.parents) and len(point.parts) >= best:
+            best, found = len(point.parts), fields[2]
+    return found
