@@ -77,13 +77,15 @@ def mean_speedup(variant: VariantFacts) -> float:
     return math.exp(math.fsum(math.log(entry.speedup) for entry in variant.latency) / len(variant.latency))
 
 
-def describe_speed(variant: VariantFacts) -> str:
+def describe(variant: VariantFacts, depends_on_batch: bool = False) -> str:
     """What a reader of the table must not overlook: where it is slower, that it is a replacement."""
     notes = [
         f"slower at batch {entry.batch_size} ({entry.speedup:.2f}x)" for entry in variant.latency if entry.high < 1.0
     ]
     if variant.is_replacement:
         notes.append("a replacement: another model")
+    if depends_on_batch:
+        notes.append("a row's answer depends a little on the rows beside it in a batch")
     if variant.needs_vnni:
         notes.append("only for processors with VNNI")
     return "; ".join(notes)

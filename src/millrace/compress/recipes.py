@@ -24,6 +24,7 @@ from millrace.formats.cpu import has_vnni
 from millrace.formats.session import open_session
 
 Tensors = Mapping[str, np.ndarray]
+DYNAMIC = "uint8-dynamic"  # ranges are found in each batch, so a row's answer depends on the rows beside it
 _CALIBRATION_BATCH = 64
 _DENSE_OPS = ["Gemm", "MatMul"]
 # in a CNN the operators between two convolutions stay in 8 bits as well, or every layer converts twice
@@ -99,7 +100,10 @@ def _batches(tensors: Tensors) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _prepared(material: Material) -> onnx.ModelProto:
-    model = onnx.shape_inference.infer_shapes(parse_model(material.optimized()))
+    # fusions rename nodes: where the prefix has something to quantise, it must stay recognisable
+    has_risk = any(n.op_type in _CNN_OPS[:3] for n in material.model.graph.node if n.name in material.profile.prefix)
+    source = material.model.SerializeToString() if has_risk else material.optimized()
+    model = onnx.shape_inference.infer_shapes(parse_model(source))
     model.metadata_props.add(key=_PREPARED_MARK, value="onnxruntime.quant")
     return model
 
@@ -116,7 +120,7 @@ def quantize_dynamically(material: Material) -> bytes:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(material.profile.prefix),
+            nodes_to_exclude=[name + end for name in sorted(material.profile.prefix) for end in ("", "_MatMul")],
             extra_options={"MatMulConstBOnly": True},
         )
         return canonical_bytes(parse_model(path.read_bytes()), material.model)
@@ -170,7 +174,6 @@ def _free_tail(model: onnx.ModelProto, quantized_ops: frozenset[str]) -> None:
             continue
         _rename(graph, source.input[0], node.output[0], to_reader=node.output[0] in outputs)
         graph.node.remove(node)
-    return
 
 
 def _rename(graph: onnx.GraphProto, kept: str, replaced: str, to_reader: bool) -> None:
@@ -259,7 +262,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("fp32-optimized", "graph optimisation", "float32", "float32", _refuses_optimize, optimize_graph),
         Recipe("int8-weights", "weights stored in 8 bits", "int8", "float32", _refuses_weights, store_weights),
-        Recipe("int8-dynamic", "dynamic int8", "int8", "uint8-dynamic", _refuses_dynamic, quantize_dynamically,
+        Recipe("int8-dynamic", "dynamic int8", "int8", DYNAMIC, _refuses_dynamic, quantize_dynamically,
                reduce_range=True),
         Recipe("int8-static", "static int8", "int8", "uint8", _refuses_static, quantize_statically, reduce_range=True),
         Recipe("int8-static-full", "static int8, full range, VNNI only", "int8", "uint8", _refuses_static_full,

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 import onnx
 
-from millrace.compress.choose import choose, describe_speed
+from millrace.compress.choose import choose, describe
 from millrace.compress.graph import parse_model, shape_of_work
 from millrace.compress.guard import DEFAULT_DROP, Candidate, Limits, certify, signal_to_noise
-from millrace.compress.recipes import RECIPES, Material, Recipe
+from millrace.compress.recipes import DYNAMIC, RECIPES, Material, Recipe
 from millrace.compress.trees import TrainingRows
 from millrace.core.errors import InputError, MillraceError
 from millrace.core.facts import CompressFacts, GuaranteeFacts, LatencyFacts, Task, VariantFacts
@@ -108,8 +108,7 @@ def search(job: Job) -> Outcome:
             skipped.append({"name": recipe.name, "reason": made})
         else:
             variants.append(made)
-    # safest first, replacements last; no label has been looked at
-    variants.sort(key=lambda variant: (variant.recipe.is_replacement, -variant.snr_db, variant.recipe.name))
+    variants.sort(key=_risk)
     job.progress(len(recipes), len(recipes) + 2, "certifying")
     guarantees = _certify(job, base, variants, batch)
     job.progress(len(recipes) + 1, len(recipes) + 2, "timing")
@@ -117,6 +116,12 @@ def search(job: Job) -> Outcome:
     facts = _report(job, variants, guarantees, latency, skipped)
     files = {v.recipe.name: v.data for v in variants if guarantees[v.recipe.name].status == "certified"}
     return Outcome(facts, files, guarantees, variants)
+
+
+def _risk(variant: Variant) -> tuple[bool, bool, float, str]:
+    """Safest first, without any label: replacements last, before them what depends on a batch's other rows."""
+    recipe = variant.recipe
+    return recipe.is_replacement, recipe.acts == DYNAMIC, -variant.snr_db, recipe.name
 
 
 def answer_rows(session: Session, tensors: Tensors, output: str, batch: int) -> np.ndarray:
@@ -268,7 +273,7 @@ def _report(
             is_replacement=variant.recipe.is_replacement,
             needs_vnni=variant.recipe.needs_vnni,
         )
-        rows.append(msgspec.structs.replace(entry, note=describe_speed(entry)))
+        rows.append(msgspec.structs.replace(entry, note=describe(entry, variant.recipe.acts == DYNAMIC)))
     chosen, why = choose(rows, job.options)
     max_drop = DEFAULT_DROP[job.task] if job.options.max_drop is None else float(job.options.max_drop)
     return CompressFacts(

@@ -8,10 +8,10 @@ import msgspec
 import polars as pl
 
 from millrace.core.facts import RejectedSample
+from millrace.core.spec import Data
 from millrace.data.infer import MAX_CATEGORY_CHARS, conversion, infer_type
 from millrace.data.rules import TEXT_RULES, Compiled, Fill, Reject, Scope, compile_rule, match_columns
 from millrace.data.sources import FILE, HIDDEN, ROW, Table
-from millrace.core.spec import Data
 
 FLOAT32_MAX = 3.4028234663852886e38
 _WHICH = "__millrace_which"
@@ -86,6 +86,7 @@ class Cleaner:
             transforms.append(value.alias(column))
         self._apply("types", Compiled(rejects, transforms))
         self._check_values("types")
+        self._narrow()
 
     def _check_values(self, rule: str) -> None:
         """NaN is missing; what float32 cannot hold and categories of absurd length are rejected."""

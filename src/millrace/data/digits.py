@@ -32,9 +32,9 @@ def write_digits_csv(path: Path) -> int:
     Source: UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin, Kaynak, 1998, CC BY 4.0),
     as shipped in scikit-learn.
     """
-    digits = load_digits()
-    pixels, labels = digits.data.astype(int), digits.target
-    rows = [[*row.tolist(), int(label)] for row, label in zip(pixels, labels, strict=True)]
+    values, labels = load_digits(return_X_y=True)
+    pixels = np.asarray(values, dtype=int)
+    rows = [[*row.tolist(), int(label)] for row, label in zip(pixels, np.asarray(labels), strict=True)]
     random = np.random.default_rng(1797)
     chosen = random.permutation(len(rows))[: DUPLICATES + UNLABELLED + OUT_OF_RANGE]
     damaged: list[tuple[int, list[int | str]]] = []

@@ -25,7 +25,7 @@ def profile_column(values: pl.Series, column_type: str, role: str) -> ColumnFact
         (1, 2, 2.0, 3.0)
     """
     facts: dict[str, float | None] = {}
-    if values.dtype.is_numeric() or values.dtype == pl.Boolean:
+    if column_type != "category" and (values.dtype.is_numeric() or values.dtype == pl.Boolean):
         numbers = values.cast(pl.Float64)
         facts = {
             "mean": _number(numbers.mean()),

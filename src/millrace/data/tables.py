@@ -157,6 +157,7 @@ def read_csv(path: Path, name: str, data: Data) -> pl.DataFrame:
     text = decode_text(read_bytes(path, name), name, data.encoding)
     header, delimiter = _header(text, name)
     check_names(header, name)
+    text = text if text.endswith("\n") else text + "\n"  # Arrow calls a single line without its end empty
     table = _parse_csv(text.encode("utf-8", "surrogatepass"), name, delimiter, len(header))
     frame = pl.DataFrame(pl.from_arrow(table)).slice(1)
     if frame.height == 0:

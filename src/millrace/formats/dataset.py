@@ -180,7 +180,8 @@ class DatasetReader:
         column = self.table(split, [self.manifest.label]).column(self.manifest.label)
         if self.manifest.task == "regression":
             return _floats(column).astype(np.float32)
-        found = pc.index_in(column.cast(pa.string()), value_set=pa.array(self.manifest.classes, type=pa.string()))
+        names = pa.array(self.manifest.classes, type=pa.string())
+        found = pc.call_function("index_in", [column.cast(pa.string())], pc.SetLookupOptions(value_set=names))
         if found.null_count:
             raise CorruptError(f"dataset split {split} has labels that are none of the manifest's classes")
         return found.to_numpy().astype(np.int64)

@@ -121,9 +121,11 @@ class MetricBuffer:
 
 def read(connection: sqlite3.Connection, run_id: str, name: str | None, since: int, limit: int) -> list[MetricPoint]:
     """A run's points in the order of arrival; see `core.ports.Records.metrics`."""
-    sql, values = "SELECT run_id, name, step, value, at FROM metrics WHERE run_id = ?", [run_id]  # type: str, list[Any]
+    sql = "SELECT run_id, name, step, value, at FROM metrics WHERE run_id = ?"
+    values: list[Any] = [run_id]
     if name is not None:
-        sql, values = sql + " AND name = ?", [run_id, name]
+        sql += " AND name = ?"
+        values.append(name)
     rows = connection.execute(sql + " ORDER BY id LIMIT ? OFFSET ?", [*values, limit, since]).fetchall()
     return [
         MetricPoint(run, series, step, math.nan if value is None else value, at)

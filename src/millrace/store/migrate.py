@@ -15,6 +15,7 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from millrace.core.errors import SchemaVersionError
@@ -102,7 +103,7 @@ def _migrate(path: Path, scripts: ScriptDirectory, steps: Callable[[Any, Migrati
 
 
 def _in_transaction(path: Path, work: Callable[[Connection], None]) -> None:
-    """Run schema changes so that a kill leaves all of them or none.
+    """Run schema changes so that a kill or an error leaves all of them or none; errors are sqlite3's.
 
     pysqlite commits before each DDL statement unless it is told not to begin transactions itself.
     """
@@ -112,10 +113,9 @@ def _in_transaction(path: Path, work: Callable[[Connection], None]) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         try:
             work(connection)
-        except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
-            raise
-        connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("COMMIT")
+        except DBAPIError as error:  # SQLite rolls back by itself when the connection closes
+            raise error.orig or error from error
 
 
 def _copy(source: Path, target: Path) -> None:

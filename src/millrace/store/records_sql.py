@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import importlib
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from millrace.core.clock import Clock, SystemClock
-from millrace.core.errors import DiskFullError, SchemaVersionError
+from millrace.core.errors import DiskFullError, SchemaVersionError, UnavailableError
 from millrace.core.types import Event, MetricPoint, Record
 from millrace.store import metric_buffer, queries, sealing
 from millrace.store.layout import HEAD
@@ -24,6 +25,7 @@ from millrace.store.sqlite import begin, connect, refuse_network_filesystem, tra
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def open_records(path: Path, clock: Clock | None = None) -> SqlRecords:
@@ -165,6 +167,8 @@ class SqlRecords:
 
     def append_metrics(self, points: Sequence[MetricPoint]) -> None:
         """Append points; durable together with the next transaction or within one second."""
+        if self._closed:
+            raise UnavailableError(f"the records {self.path} are closed", hint="open them again")
         self._buffer.append(points)
 
     def metrics(self, run_id: str, name: str | None = None, since: int = 0, limit: int = 100_000) -> list[MetricPoint]:
@@ -209,7 +213,8 @@ class SqlRecords:
             return question(self._reader)
 
     def _flush(self) -> None:
-        if not self._buffer.is_empty:
+        inside = self._writing_thread == threading.get_ident()  # then the open transaction takes them along
+        if not inside and not self._buffer.is_empty:
             with self._writing():
                 pass
 
@@ -260,9 +265,7 @@ def _revision(path: Path) -> str | None:
 
 def _bring_to_head(path: Path) -> None:
     """Create or migrate under an exclusive lock, so that several first commands at once do it once."""
-    lock = os.open(path.with_name("records.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _lock_file(path.with_name("records.lock")), translated(path):
         found = _revision(path) if path.exists() else None
         if found == HEAD:
             return
@@ -272,10 +275,20 @@ def _bring_to_head(path: Path) -> None:
             _create(path, migrate.create)
         else:
             migrate.upgrade(path)
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that the kernel lets go of with the process."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        if error.errno in (28, 122):
+        if error.errno in FULL:
             raise DiskFullError(f"{path}: the disk is full, the records could not be created") from error
-        raise
+        raise UnavailableError(f"{path} cannot be created: {error}", hint="check the folder's permissions") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(lock)
 

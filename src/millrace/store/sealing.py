@@ -105,9 +105,11 @@ def head(connection: sqlite3.Connection) -> tuple[int, str]:
 
 def links(connection: sqlite3.Connection, since: int, subject: str | None, limit: int) -> list[tuple[int, SealedLink]]:
     """Sealed events after `since` in order, each with its row id."""
-    sql, values = _READ, [since]  # type: str, list[Any]
+    sql = _READ
+    values: list[Any] = [since]
     if subject is not None:
-        sql, values = sql + " AND e.subject = ?", [since, subject]
+        sql += " AND e.subject = ?"
+        values.append(subject)
     rows = connection.execute(sql + " ORDER BY e.seq LIMIT ?", [*values, limit]).fetchall()
     return [
         (

@@ -14,9 +14,12 @@ from millrace.core.errors import CorruptError, DiskFullError, InputError, Millra
 BUSY_TIMEOUT_S = 30.0
 # 9p and virtiofs are absent on purpose: they are how sandboxes mount a local disk.
 NETWORK_FILESYSTEMS = frozenset(
-    "nfs nfs4 cifs smb2 smb3 smbfs ncpfs afs ceph glusterfs fuse.glusterfs lustre beegfs gpfs ocfs2 gfs2 "
-    "fuse.sshfs fuse.s3fs fuse.gcsfuse fuse.rclone fuse.juicefs davfs fuse.davfs2".split()
-)
+    (
+        "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "ncpfs", "afs", "ceph", "glusterfs", "fuse.glusterfs", "lustre",
+        "beegfs", "gpfs", "ocfs2", "gfs2", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone", "fuse.juicefs",
+        "davfs", "fuse.davfs2",
+    )
+)  # fmt: skip
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _CLOSED = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})

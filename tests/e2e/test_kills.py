@@ -1,0 +1,80 @@
+"""kill -9 of the worker in every step, and of the command itself: the same digests, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL_SPEC, bundle_digest, command, environment, run_millrace, states_of, write_table
+
+STEPS = ("data", "train", "export", "evaluate", "compress", "register", "serve", "monitor")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_table(folder / "cancer.csv")
+    (folder / "millrace.yaml").write_text(SMALL_SPEC)
+    run_millrace(folder, "run")
+    return bundle_digest(folder)
+
+
+def worker_pids(folder: Path) -> list[int]:
+    """Workers write a file each while they live."""
+    pids = []
+    for path in (folder / ".millrace" / "scratch" / "workers").glob("*.json"):
+        pids.append(int(json.loads(path.read_text())["pid"]))
+    return pids
+
+
+def run_and_kill(folder: Path, step: str, victim: str) -> int:
+    """Start a run; when `step` has started, kill -9 its worker or the command. Its exit code."""
+    process = subprocess.Popen(
+        command("run", "--json"), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line) if line.startswith("{") else {}
+        if event.get("step") == step and event.get("state") == "running":
+            targets = [process.pid] if victim == "command" else wait_for_worker(folder, process)
+            for pid in targets:
+                os.kill(pid, signal.SIGKILL)
+            break
+    process.communicate()
+    return process.returncode
+
+
+def wait_for_worker(folder: Path, process: subprocess.Popen[str]) -> list[int]:
+    while process.poll() is None:
+        pids = worker_pids(folder)
+        if pids:
+            return pids
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "command"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_run_continues_to_the_same_digests(small: Path, undisturbed: str, step: str, victim: str) -> None:
+    code = run_and_kill(small, step, victim)
+    before = states_of(small)
+    done = [name for name, state in before.items() if state in ("succeeded", "cached")]
+    if victim == "command":
+        assert code == -signal.SIGKILL
+        assert step not in done
+    run_millrace(small, "run")
+    after = states_of(small)
+    assert set(after) == set(STEPS)
+    assert all(state in ("succeeded", "cached") for state in after.values())
+    view = json.loads(run_millrace(small, "runs", "show", "last", "--json").stdout)
+    attempts = {one["name"]: one["attempt"] for one in view["steps"] if one["state"] == "succeeded"}
+    # What was done before the kill is not done again: in a new run it is cached, in the same run untouched.
+    assert all(attempts.get(name, 0) <= 1 for name in done)
+    assert bundle_digest(small) == undisturbed
+    versions = json.loads(run_millrace(small, "models", "--json").stdout)
+    assert len(versions) == 1
