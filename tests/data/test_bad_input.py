@@ -41,7 +41,8 @@ def refusal(project, **section) -> DataError:
         ("y\n" + "a\nb\n" * 20, ["no column is left"]),
         ("__millrace_row,y\n1,2\n", ["reserved"]),
         ("a,y\n" + "1,x\n2,z\n" * 20 + "3,rare\n", ["'rare'", "t.csv row 41", "missing in the t"]),
-        ('a,b,y\n1,2,"a\n' + ROWS, ["t.csv"]),
+        ('a,b,y\n1,2,"a\n' + ROWS, ["t.csv row 1", "quote"]),
+        ('a,"b,y\n' + ROWS, ["t.csv row 0", "quote"]),
     ],
 )
 def test_bad_csv_is_refused_by_name(project, content, words):
@@ -81,7 +82,9 @@ def test_misspelt_columns_are_named(project, key):
 
 
 def test_wrong_encoding_is_read_once_it_is_named(project):
-    project.write("t.csv", "a,name,y\n".encode() + b"".join(b"%d,caf\xe9 %d,%d\n" % (i, i % 3, i % 2) for i in range(30)))
+    project.write(
+        "t.csv", "a,name,y\n".encode() + b"".join(b"%d,caf\xe9 %d,%d\n" % (i, i % 3, i % 2) for i in range(30))
+    )
     assert "cp1252" in refusal(project).hint
     facts, _ = project.run(encoding="latin-1")
     assert facts["rows_kept"] == 30
@@ -112,7 +115,9 @@ def test_parquet_without_rows_and_with_odd_columns(project):
     frame = pl.DataFrame({"a": [1.0], "y": ["a"], "odd": [[1, 2]]})
     frame.clear().write_parquet(project.folder / "t.parquet")
     assert "no rows" in refusal(project, source="t.parquet").message
-    many = pl.concat([frame.with_columns(pl.lit(name).alias("y"), pl.lit(float(i)).alias("a")) for i in range(20) for name in "ab"])
+    many = pl.concat(
+        [frame.with_columns(pl.lit(name).alias("y"), pl.lit(float(i)).alias("a")) for i in range(20) for name in "ab"]
+    )
     many.write_parquet(project.folder / "t.parquet")
     facts, reader = project.run(source="t.parquet")
     assert any(warning.startswith("odd has no values") for warning in facts["warnings"])
@@ -121,7 +126,11 @@ def test_parquet_without_rows_and_with_odd_columns(project):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{", "row 3 is not JSON"), ("[1]", "row 3: want a JSON object, got list"), ('{"a": [1]}', "row 3: 'a' holds a list")],
+    [
+        ("{", "row 3 is not JSON"),
+        ("[1]", "row 3: want a JSON object, got list"),
+        ('{"a": [1]}', "row 3: 'a' holds a list"),
+    ],
 )
 def test_bad_json_lines_name_the_row(project, line, words):
     project.write("t.jsonl", '{"a": 1, "y": 0}\n\n{"a": 2, "y": 1}\n' + line + "\n")
@@ -129,7 +138,7 @@ def test_bad_json_lines_name_the_row(project, line, words):
 
 
 def test_all_null_column_is_ignored_with_a_warning(project):
-    project.write("t.csv", "a,empty,y\n" + "".join(f"{i},,{'ab'[i % 2]}\n" for i in range(40)))
+    project.write("t.csv", "a,empty,y\n" + "".join(f"{i % 13},,{'ab'[i % 2]}\n" for i in range(40)))
     facts, reader = project.run()
     assert "empty has no values: ignored" in facts["warnings"]
     assert [column.role for column in reader.manifest.columns if column.name == "empty"] == ["ignored"]
@@ -146,7 +155,12 @@ def test_nan_is_missing_and_infinite_is_rejected(project):
 
 
 def test_nan_in_parquet_numbers_and_label(project):
-    frame = pl.DataFrame({"a": [float("nan"), float("inf"), *map(float, range(60))], "y": [0.5, 0.5, float("nan"), *(i / 7 for i in range(59))]})
+    frame = pl.DataFrame(
+        {
+            "a": [float("nan"), float("inf"), *map(float, range(60))],
+            "y": [0.5, 0.5, float("nan"), *(i / 7 for i in range(59))],
+        }
+    )
     frame.write_parquet(project.folder / "t.parquet")
     facts, _ = project.run(source="t.parquet")
     assert facts["task"] == "regression"
@@ -163,7 +177,9 @@ def test_mixed_types_reject_the_few_and_keep_the_many(project):
 
 def test_million_character_cell(project):
     huge = "x" * 1_000_000
-    project.write("t.csv", "a,c,y\n" + "".join(f"{i},{huge if i == 3 else 'uv'[i % 2]},{'ab'[i % 2]}\n" for i in range(40)))
+    project.write(
+        "t.csv", "a,c,y\n" + "".join(f"{i},{huge if i == 3 else 'uv'[i % 2]},{'ab'[i % 2]}\n" for i in range(40))
+    )
     facts, _ = project.run()
     assert facts["rejected_by_reason"] == {"category": 1}
     assert len(facts["samples"][0]["value"]) == 200

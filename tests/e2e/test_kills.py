@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from conftest import SMALL_SPEC, bundle_digest, command, environment, run_millrace, states_of, write_table
+from typing_by_hand import SMALL_SPEC, bundle_digest, command, environment, run_millrace, states_of, write_table
 
 STEPS = ("data", "train", "export", "evaluate", "compress", "register", "serve", "monitor")
 

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from conftest import bundle_digest, command, environment, facts_of, run_millrace, states_of, write_table
+from typing_by_hand import bundle_digest, command, environment, facts_of, run_millrace, states_of, write_table
 
 
 def test_a_strangers_table_needs_no_code(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL = ROOT / "docs/tutorial.md"
 BLOCK = re.compile(r"<!-- run(?:: (\w+))? -->\n```bash\n(.*?)```", flags=re.DOTALL)
+ALERT = re.compile(r"\bopen\b.*\d > \d")
 pytestmark = pytest.mark.slow
 
 
@@ -39,6 +40,7 @@ class Reader:
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "MILLRACE_COLOR": "never",
+            "COLUMNS": "200",
         }
         self.environment.pop("MILLRACE_HOME", None)
 
@@ -109,7 +111,7 @@ def test_the_tutorial_runs(reader: Reader) -> None:
         if kind == "background":
             reader.serve(script)
         elif kind == "alert":
-            reader.until(lambda script=script: "drift" in reader.run(script), "no alert was written")
+            reader.until(lambda script=script: ALERT.search(reader.run(script)), "no alert was written")
         else:
             printed += reader.run(script)
     assert "probabilities" in printed

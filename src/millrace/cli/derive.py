@@ -13,6 +13,7 @@ from millrace.cli.session import Session
 from millrace.core import extras
 from millrace.core.operations import Operation
 
+OPTIONS = {"to": "The folder to write into."}  # required, but clearer with their name
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
@@ -71,7 +72,9 @@ def parameters(request: type[Any]) -> list[click.Parameter]:
         kind = _plain_type(field.type)
         if kind is None:
             continue
-        if field.required:
+        if field.required and field.name in OPTIONS:
+            found.append(click.Option([_flag(field.name)], required=True, help=OPTIONS[field.name]))
+        elif field.required:
             found.append(click.Argument([field.name]))
         elif kind is bool:
             found.append(click.Option([_flag(field.name)], is_flag=True, help=_words(field.name)))

@@ -17,6 +17,7 @@ from millrace.core.extras import load, require
 from millrace.formats.session import open_session
 
 _MAX_ROWS = 200_000
+_MAX_OPSET = 15  # the newest that the converter knows
 _EXTRAS = (("lightgbm", "sklearn"), ("onnxmltools", "sklearn"))
 
 
@@ -83,13 +84,13 @@ def _fit(matrix: np.ndarray, labels: np.ndarray, classes: int, rounds: int, mode
         verbose=-1,
     )
     estimator.fit(matrix, labels)
-    opsets = {entry.domain: entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx.ml"}}
+    opset = next((entry.version for entry in model.opset_import if entry.domain == ""), _MAX_OPSET)
     float_type = load("onnxmltools.convert.common.data_types:FloatTensorType")
     return load("onnxmltools:convert_lightgbm")(
         estimator,
         initial_types=[("features", float_type([None, matrix.shape[1]]))],
         zipmap=False,
-        target_opset={"": min(opsets.get("", 15), 15), "ai.onnx.ml": min(opsets.get("ai.onnx.ml", 3), 3)},
+        target_opset=min(opset, _MAX_OPSET),
     )
 
 
@@ -106,10 +107,10 @@ def _splice(model: onnx.ModelProto, features: str, converted: Any) -> onnx.Model
     result.CopyFrom(model)
     del result.graph.node[:]
     result.graph.node.extend(ancestors(model.graph.node, [features]))
-    for node in converted.graph.node:
+    for index, node in enumerate(converted.graph.node):
         copy = result.graph.node.add()
         copy.CopyFrom(node)
-        copy.name = f"refit/{node.name}"
+        copy.name = f"refit/{node.op_type}/{index}"
         copy.input[:] = [renamed(name) for name in node.input]
         copy.output[:] = [renamed(name) for name in node.output]
     for tensor in converted.graph.initializer:

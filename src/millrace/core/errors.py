@@ -1,4 +1,4 @@
-"""The one error tree. Every class has a stable code, a hint and a page in `docs/errors.md`.
+"""The one error tree. Every class has a stable code, a hint and a page in `docs/reference/errors.md`.
 
 `core` knows no HTTP and no exit codes: `cli` and `serve` map codes to theirs.
 """

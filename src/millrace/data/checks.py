@@ -11,7 +11,7 @@ import polars as pl
 
 from millrace.core.errors import DataError
 from millrace.core.spec import Expect
-from millrace.data.naming import did_you_mean
+from millrace.data.naming import did_you_mean, short
 from millrace.data.rules import match_columns
 from millrace.data.split import NAMES, TEST, TRAIN
 
@@ -63,7 +63,7 @@ def check_expectations(
 
     Example:
         >>> check_expectations(Expect(rows=">=3", action="warn"), pl.DataFrame({"a": [1]}), ["a"], None, 1)
-        ["rows: want >=3, got 1"]
+        ['rows: want >=3, got 1']
     """
     broken = _broken_counts(expect, frame.height, classes, rows_in) + _broken_columns(expect, frame, columns)
     if broken and expect.action == "stop":
@@ -134,7 +134,7 @@ def check_classes(places: np.ndarray, codes: np.ndarray, classes: list[str], whe
             if (places[rows] == place).any():
                 continue
             text = (
-                f"class {name!r} ({len(rows)} row{'s' if len(rows) != 1 else ''}, first {where(int(rows[0]))}) "
+                f"class {short(name)} ({len(rows)} row{'s' if len(rows) != 1 else ''}, first {where(int(rows[0]))}) "
                 f"is missing in the {NAMES[place]} split"
             )
             if place == 1:

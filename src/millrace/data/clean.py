@@ -51,7 +51,7 @@ class Cleaner:
             required: Columns that the split needs: rows without a value are rejected as missing.
         """
         data, required = self.data, list(required)
-        by_hand = self._text_rule_columns() - set(self.given)
+        by_hand = self._text_rule_columns()
         self._convert([c for c in self.columns if c not in by_hand and c not in ignored])
         for rule in data.clean:
             name, compiled = compile_rule(rule, Scope(self.frame, data.label, frozenset(self.fills)))

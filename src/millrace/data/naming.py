@@ -16,3 +16,14 @@ def did_you_mean(name: str, known: list[str]) -> str:
     near = [folded[match] for match in difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.6)]
     shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     return (f"did you mean {near[0]!r}? " if near else "") + f"columns: {shown}"
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value for a message: its repr, cut where it is long.
+
+    Example:
+        >>> short("x" * 100, 10)
+        "'xxxxxxxx…"
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

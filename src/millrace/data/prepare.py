@@ -15,6 +15,7 @@ from millrace.core.spec import Data, Spec
 from millrace.data.assemble import make_facts, write_dataset
 from millrace.data.checks import check_classes, check_expectations, count_leaks
 from millrace.data.clean import Cleaner
+from millrace.data.naming import short
 from millrace.data.roles import Clean, Label, assign_roles, make_plan, settle_label
 from millrace.data.row_hash import mix, row_hash
 from millrace.data.rules import match_columns
@@ -145,7 +146,7 @@ def _row_keys(clean: Clean, data: Data) -> tuple[np.ndarray, list[str]]:
 def _times(values: pl.Series, name: str) -> np.ndarray:
     if values.dtype == pl.String or values.dtype == pl.Boolean:
         raise DataError(
-            f"data.split.time wants dates or numbers, {name!r} holds {values[0]!r}",
+            f"data.split.time wants dates or numbers, {name!r} holds {short(values[0])}",
             hint="add a rule: clean: [{date: {columns: NAME, formats: ['%d.%m.%Y']}}]",
         )
     return values.to_physical().to_numpy()

@@ -11,7 +11,7 @@ from millrace.core.errors import DataError
 from millrace.core.facts import Task
 from millrace.core.spec import Data
 from millrace.data.infer import as_text, decide_task, is_identifier
-from millrace.data.naming import did_you_mean
+from millrace.data.naming import did_you_mean, short
 from millrace.data.rules import Fill, match_columns
 from millrace.data.sources import HIDDEN, Table
 
@@ -182,7 +182,7 @@ def settle_label(frame: pl.DataFrame, data: Data) -> tuple[pl.DataFrame, Label]:
     classes = [_class_text(value) for value in label.unique().sort()]
     if len(classes) < 2:
         raise DataError(
-            f"label {data.label!r} has one class only, {classes[0]!r} in all {frame.height} rows: want at least two",
+            f"label {data.label!r} has one class only, {short(classes[0])} in all {frame.height} rows: want at least two",
             details={"column": data.label},
         )
     if len(classes) > _MAX_CLASSES:
@@ -203,7 +203,7 @@ def _numeric_label(frame: pl.DataFrame, data: Data) -> tuple[pl.DataFrame, Label
     if not label.dtype.is_numeric():
         raise DataError(
             f"label {data.label!r} is {'boolean' if label.dtype == pl.Boolean else 'text'} "
-            f"(for example {label[0]!r}): regression wants numbers",
+            f"(for example {short(label[0])}): regression wants numbers",
             hint="set data.task: classification",
         )
     if label.n_unique() < 2:

@@ -104,6 +104,25 @@ def _header(text: str, name: str) -> tuple[list[str], str]:
     return [cell.strip() for cell in header], delimiter
 
 
+def _check_quotes(text: str, name: str, delimiter: str) -> None:
+    """An open quote would swallow the rest of the file as one cell: Arrow says nothing of it."""
+    if text.count('"') % 2 == 0:
+        return
+    row = 0
+    limit = csv.field_size_limit(_MAX_BLOCK_BYTES)
+    try:
+        for row, _ in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), start=1):
+            pass
+    except csv.Error as error:
+        raise DataError(
+            f"{name} row {row} opens a quote that is not closed ({error})",
+            hint='close the quote; a quote inside a quoted cell is written twice: ""',
+            details={"file": name, "row": row},
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
 def check_names(names: list[str], name: str) -> None:
     """Refuse empty, repeated, case-colliding and reserved column names.
 
@@ -157,6 +176,7 @@ def read_csv(path: Path, name: str, data: Data) -> pl.DataFrame:
     text = decode_text(read_bytes(path, name), name, data.encoding)
     header, delimiter = _header(text, name)
     check_names(header, name)
+    _check_quotes(text, name, delimiter)
     text = text if text.endswith("\n") else text + "\n"  # Arrow calls a single line without its end empty
     table = _parse_csv(text.encode("utf-8", "surrogatepass"), name, delimiter, len(header))
     frame = pl.DataFrame(pl.from_arrow(table)).slice(1)

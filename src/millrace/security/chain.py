@@ -92,7 +92,7 @@ def commitment(salt: bytes, detail: bytes) -> str:
 
     Example:
         >>> commitment(b"salt", b"{}")[:16]
-        'e4a8d4c1d8fb3c2c'
+        '2a1e7d8006270f6e'
     """
     return hmac.digest(salt, detail, "sha256").hex()
 

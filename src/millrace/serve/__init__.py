@@ -1,1 +1,14 @@
-"""The data plane: requests in, predictions out."""
+"""Serving: an HTTP data plane, the probe that exercises it inside a run, and answers for files."""
+
+from millrace.core.ports import StageDescriptor
+
+SERVE = StageDescriptor(
+    name="serve",
+    implementation="millrace.serve.probe:probe",
+    version="1",
+    sections=("serve",),
+    inputs=("data.dataset", "register.bundle", "register.signature", "compress.measurements"),
+    outputs=("telemetry",),
+    distributions=("onnxruntime", "uvloop", "httptools"),
+    timed=True,
+)

@@ -159,9 +159,11 @@ class LocalBlobs:
         return self._files / digest[7:9] / digest[9:]
 
     def _open(self, digest: str) -> BinaryIO:
+        place = self._place(digest)
         try:
-            return self._place(digest).open("rb", buffering=0)  # type: ignore[return-value]
-        except FileNotFoundError:
+            with disk_errors(place):
+                return place.open("rb", buffering=0)  # type: ignore[return-value]
+        except InputError:
             raise NotFoundError(
                 f"there is no blob {digest} in {self.root}", hint="run the step that makes it again"
             ) from None

@@ -164,6 +164,7 @@ class LeaseKeeper:
         self._lost = threading.Event()
         self._stop = threading.Event()
         self._release_tried = threading.Event()
+        self._pause = threading.Event()  # never set
         self._thread = threading.Thread(target=self._run, name=f"lease {lease.id}", daemon=True)
 
     @property
@@ -186,7 +187,7 @@ class LeaseKeeper:
         # host nobody takes a lease from a live process.
         while not self._release():
             self._release_tried.set()
-            self._clock.sleep(self._ttl_s / 3)
+            self._pause.wait(self._ttl_s / 3)
         self._release_tried.set()
 
     def _renew(self) -> None:

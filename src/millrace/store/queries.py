@@ -59,18 +59,16 @@ def get(connection: sqlite3.Connection, record_type: type[R], id: str) -> R | No
 def put(connection: sqlite3.Connection, record: R, expect_version: int | None, now_s: float) -> R:
     """Insert or replace inside the connection's transaction; see `core.ports.Transaction.put`."""
     prepared = statements(type(record))
-    if expect_version is None:
-        row = connection.execute(prepared.version, (record.id,)).fetchone()
-        expect_version = 0 if row is None else row[0]
-    created_at = record.created_at or (now_s if expect_version == 0 else record.created_at)
-    changed = msgspec.structs.replace(record, version=expect_version + 1, created_at=float(created_at))
+    expected = _version(connection, prepared, record.id) or 0 if expect_version is None else expect_version
+    created_at = now_s if not expected and not record.created_at else record.created_at
+    changed = msgspec.structs.replace(record, version=expected + 1, created_at=created_at)
     row = _encode(prepared, changed)
-    if expect_version:
-        done = connection.execute(prepared.update, (*row, record.id, expect_version)).rowcount
+    if expected:
+        done = connection.execute(prepared.update, (*row, record.id, expected)).rowcount
     else:
         done = _insert(connection, prepared.insert, row)
     if not done:
-        raise _conflict(connection, prepared, record, expect_version)
+        raise _conflict(_version(connection, prepared, record.id), record, expected)
     return changed
 
 
@@ -142,9 +140,13 @@ def _insert(connection: sqlite3.Connection, sql: str, row: list[Any]) -> int:
         raise
 
 
-def _conflict(connection: sqlite3.Connection, prepared: Statements, record: Record, expected: int) -> ConflictError:
-    row = connection.execute(prepared.version, (record.id,)).fetchone()
-    stored = "does not exist" if row is None else f"is at version {row[0]}"
+def _version(connection: sqlite3.Connection, prepared: Statements, id: str) -> int | None:
+    row = connection.execute(prepared.version, (id,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _conflict(version: int | None, record: Record, expected: int) -> ConflictError:
+    stored = "does not exist" if version is None else f"is at version {version}"
     wanted = f"version {expected} was expected" if expected else "it was to be created"
     return ConflictError(f"{record.kind} {record.id!r} {stored}, but {wanted}")
 

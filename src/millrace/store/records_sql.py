@@ -110,7 +110,7 @@ class SqlRecords:
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         self._writing_thread: int | None = None
         self._buffer = MetricBuffer(self._flush)
-        self._closed = False
+        self._closing = self._gone = False
         atexit.register(self.close)
 
     def get(self, record_type: type[R], id: str) -> R | None:
@@ -167,8 +167,7 @@ class SqlRecords:
 
     def append_metrics(self, points: Sequence[MetricPoint]) -> None:
         """Append points; durable together with the next transaction or within one second."""
-        if self._closed:
-            raise UnavailableError(f"the records {self.path} are closed", hint="open them again")
+        self._check_open()
         self._buffer.append(points)
 
     def metrics(self, run_id: str, name: str | None = None, since: int = 0, limit: int = 100_000) -> list[MetricPoint]:
@@ -196,21 +195,27 @@ class SqlRecords:
 
     def close(self) -> None:
         """Flush and let go of the files; does nothing the second time, or in a forked child."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closing or os.getpid() != self._pid:
             return
-        self._closed = True
+        self._closing = True
         atexit.unregister(self.close)
         self._buffer.stop()
         try:
             self._flush()
         finally:
             with self._write_lock, self._read_lock:
+                self._gone = True
                 self._writer.close()
                 self._reader.close()
 
     def _read(self, question: Callable[[sqlite3.Connection], T]) -> T:
         with self._read_lock, translated(self.path):
+            self._check_open()
             return question(self._reader)
+
+    def _check_open(self) -> None:
+        if self._gone:
+            raise UnavailableError(f"the records {self.path} are closed", hint="open them again")
 
     def _flush(self) -> None:
         inside = self._writing_thread == threading.get_ident()  # then the open transaction takes them along
@@ -224,6 +229,7 @@ class SqlRecords:
         if self._writing_thread == threading.get_ident():
             raise RuntimeError("a transaction inside a transaction would wait for itself: use the open one")
         with self._write_lock, translated(self.path):
+            self._check_open()
             self._writing_thread = threading.get_ident()
             rows: list[metric_buffer.Row] = []
             try:

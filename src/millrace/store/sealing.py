@@ -20,7 +20,7 @@ import msgspec
 
 from millrace.core.errors import ConflictError, InputError
 from millrace.core.ids import canonical_json
-from millrace.core.types import Event, Struct
+from millrace.core.types import Event
 
 GENESIS = "0" * 64
 SALT_BYTES = 32
@@ -35,7 +35,7 @@ _UNSEALED = "SELECT id, at, actor, verb, subject, commitment FROM events WHERE s
 _SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
-class SealedLink(Struct, kw_only=True):
+class SealedLink(msgspec.Struct, frozen=True, kw_only=True):
     """A sealed event with everything that a verifier needs; salt and detail are None once erased."""
 
     seq: int

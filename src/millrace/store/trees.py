@@ -25,7 +25,7 @@ def encode(entries: Sequence[TreeEntry]) -> bytes:
 
     Example:
         >>> encode([TreeEntry(path="a", digest="sha256:0", size_bytes=1)])
-        b'[{"digest":"sha256:0","path":"a","size_bytes":1}]'
+        b'[{"path":"a","digest":"sha256:0","size_bytes":1}]'
     """
     return canonical_json(sorted(entries, key=lambda entry: entry.path))
 

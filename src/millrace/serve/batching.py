@@ -1,0 +1,304 @@
+"""Greedy batching without a wait: what has come in while the model was busy is the next batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from millrace.core.errors import MillraceError
+from millrace.core.types import Struct
+
+INLINE_LIMIT_S = 200e-6  # a call of one row quicker than this runs on the event loop
+TICK_LIMIT_S = 2e-3  # a batch predicted to take longer never does: it would hold up every connection
+YIELD_AFTER_S = 5e-3  # the loop gets its turn between inline batches after so long
+# what a runtime may raise for an input: one batch fails, never the server
+RUN_ERRORS = (MillraceError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+
+
+class Infer(Protocol):
+    """Outputs by name for tensors by name."""
+
+    def __call__(self, tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]: ...
+
+
+class Job:
+    """One request in the queue: its tensors, then its outputs or its error.
+
+    `done` is called once on the event loop, never for a cancelled job.
+    """
+
+    __slots__ = ("done", "enqueued_ns", "error", "is_cancelled", "outputs", "owner", "rows", "tensors")
+
+    def __init__(
+        self, tensors: dict[str, np.ndarray], rows: int, done: Callable[[Job], None], owner: Any = None
+    ) -> None:
+        self.tensors = tensors
+        self.rows = rows
+        self.done = done
+        self.owner = owner
+        self.outputs: dict[str, np.ndarray] = {}
+        self.error: Exception | None = None
+        self.is_cancelled = False
+        self.enqueued_ns = 0
+
+
+class Cost(Struct, kw_only=True):
+    """How long a call takes: `base_s` + rows x `per_row_s`, measured.
+
+    Example:
+        >>> round(Cost(base_s=1e-5, per_row_s=1e-6).predict_s(10), 9)
+        2e-05
+    """
+
+    base_s: float
+    per_row_s: float
+
+    def predict_s(self, rows: int) -> float:
+        """Seconds for a call of so many rows."""
+        return self.base_s + rows * self.per_row_s
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether one row is quicker than handing it to a thread would be worth."""
+        return self.predict_s(1) < INLINE_LIMIT_S
+
+
+def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, budget_s: float = 0.1) -> Cost:
+    """Time calls of 1 and of `max_batch` rows.
+
+    Args:
+        infer: The model.
+        sample: Real tensors of at least one row.
+        max_batch: Rows of the larger call.
+        budget_s: Stop repeating after so long.
+
+    Returns:
+        The line through the quickest of each: noise only ever adds.
+
+    Raises:
+        MillraceError: The model failed.
+    """
+    one = {name: values[:1] for name, values in sample.items()}
+    many = {name: np.repeat(values[:1], max_batch, axis=0) for name, values in sample.items()}
+    single_s = _quickest(infer, one, budget_s / 2)
+    if max_batch == 1:
+        return Cost(base_s=single_s, per_row_s=0.0)
+    per_row_s = max(0.0, (_quickest(infer, many, budget_s / 2) - single_s) / (max_batch - 1))
+    return Cost(base_s=max(0.0, single_s - per_row_s), per_row_s=per_row_s)
+
+
+def _quickest(infer: Infer, tensors: Mapping[str, np.ndarray], budget_s: float) -> float:
+    quickest = float("inf")
+    infer(tensors)  # the first call of a shape allocates
+    begin = time.perf_counter()
+    for _ in range(30):
+        start = time.perf_counter()
+        infer(tensors)
+        end = time.perf_counter()
+        quickest = min(quickest, end - start)
+        if end - begin > budget_s:
+            break
+    return quickest
+
+
+class Batcher:
+    """Collects jobs into batches and runs them, inline or on runner threads.
+
+    Inline: the jobs of one tick of the loop are one batch, run by a callback of the same loop, without
+    a lock or a hand-off. Otherwise runner threads take whatever is queued when they are free. Nobody
+    ever waits for a batch to fill. `submit` and every `done` belong to the event loop's thread.
+
+    Args:
+        infer: The model; called from runner threads unless inline.
+        input_names: Tensors to join.
+        cost: The calibration.
+        max_batch: Rows in one call at most; a larger request runs in slices.
+        call_soon: The loop's `call_soon`.
+        call_from_thread: The loop's `call_soon_threadsafe`.
+        observe: Called after each call with (tensors, outputs, jobs, start_ns, end_ns).
+        runners: Threads.
+    """
+
+    def __init__(
+        self,
+        infer: Infer,
+        cost: Cost,
+        max_batch: int,
+        call_soon: Callable[..., Any],
+        call_from_thread: Callable[..., Any],
+        runners: int = 1,
+    ) -> None:
+        self.cost = cost
+        self.max_batch = max_batch
+        self.is_inline = cost.is_inline
+        self.observe: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray], Sequence[Job], int, int], None]
+        self.observe = _ignore
+        self._infer = infer
+        self._call_soon = call_soon
+        self._call_from_thread = call_from_thread
+        self._runners = runners
+        self._queue: deque[Job] = deque()
+        self._is_scheduled = False
+        self._is_closed = False
+        self._threads: list[threading.Thread] = []
+        self._ready = threading.Condition()
+        self._thread_queue: deque[Job] = deque()
+
+    def __len__(self) -> int:
+        """Jobs that no call has taken yet."""
+        return len(self._queue) + len(self._thread_queue)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its `done` is called later, never from here."""
+        job.enqueued_ns = time.perf_counter_ns()
+        if not self.is_inline or self.cost.predict_s(job.rows) > TICK_LIMIT_S:
+            self._hand_over(job)
+            return
+        self._queue.append(job)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._call_soon(self._flush)
+
+    def close(self) -> None:
+        """Stop the threads once their queue is empty."""
+        with self._ready:
+            self._is_closed = True
+            self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _flush(self) -> None:
+        self._is_scheduled = False
+        start = time.perf_counter()
+        queue = self._queue
+        limit = min(self.max_batch, self._tick_rows())
+        while queue:
+            batch = _take(queue, limit)
+            if batch:
+                _finish(batch, self._execute(batch))
+            if queue and time.perf_counter() - start > YIELD_AFTER_S:
+                self._is_scheduled = True
+                self._call_soon(self._flush)
+                return
+
+    def _tick_rows(self) -> int:
+        """Rows whose call stays below the tick's limit; at least one."""
+        if self.cost.per_row_s <= 0:
+            return self.max_batch
+        return max(1, int((TICK_LIMIT_S - self.cost.base_s) / self.cost.per_row_s))
+
+    # ------------------------------------------------------------------ threads
+
+    def _hand_over(self, job: Job) -> None:
+        with self._ready:
+            self._thread_queue.append(job)
+            if len(self._threads) < self._runners:
+                name = f"runner-{len(self._threads)}"
+                thread = threading.Thread(target=self._run_forever, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._ready.notify()
+
+    def _run_forever(self) -> None:
+        while True:
+            with self._ready:
+                while not self._thread_queue and not self._is_closed:
+                    self._ready.wait()
+                if not self._thread_queue:
+                    return
+                batch = _take(self._thread_queue, self.max_batch)
+            if batch:
+                self._call_from_thread(_finish, batch, self._execute(batch))
+
+    # ------------------------------------------------------------------ one batch
+
+    def _execute(self, batch: list[Job]) -> list[Call]:
+        """Run a batch; when it fails, each of its jobs alone, so that only the guilty one fails."""
+        start_ns = time.perf_counter_ns()
+        try:
+            tensors = _join(batch)
+            outputs = self._infer(tensors) if batch[-1].rows <= self.max_batch else self._run_slices(tensors)
+            _share_out(batch, outputs)
+        except RUN_ERRORS as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return []
+            return [call for job in batch for call in self._execute([job])]
+        return [Call(self.observe, tensors, outputs, batch, start_ns, time.perf_counter_ns())]
+
+    def _run_slices(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = len(next(iter(tensors.values())))
+        parts = [
+            self._infer({name: values[start : start + self.max_batch] for name, values in tensors.items()})
+            for start in range(0, rows, self.max_batch)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Call:
+    """A call that succeeded, to be observed on the loop."""
+
+    __slots__ = ("arguments", "observe")
+
+    def __init__(self, observe: Callable[..., None], *arguments: Any) -> None:
+        self.observe = observe
+        self.arguments = arguments
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody observes."""
+
+
+def _take(queue: deque[Job], limit: int) -> list[Job]:
+    """Jobs from the front up to `limit` rows; at least one, without those that were cancelled."""
+    batch: list[Job] = []
+    rows = 0
+    while queue:
+        job = queue[0]
+        if batch and rows + job.rows > limit:
+            break
+        queue.popleft()
+        if not job.is_cancelled:
+            batch.append(job)
+            rows += job.rows
+    return batch
+
+
+def _join(batch: list[Job]) -> dict[str, np.ndarray]:
+    if len(batch) == 1:
+        return batch[0].tensors
+    return {name: np.concatenate([job.tensors[name] for job in batch]) for name in batch[0].tensors}
+
+
+def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:
+    """Each job gets its rows.
+
+    Raises:
+        ValueError: An output has not one row per row of the input.
+    """
+    rows = sum(job.rows for job in batch)
+    for name, values in outputs.items():
+        if values.ndim == 0 or len(values) != rows:
+            raise ValueError(f"output {name!r} has shape {list(values.shape)}: want {rows} rows")
+    if len(batch) == 1:
+        batch[0].outputs = dict(outputs)
+        return
+    start = 0
+    for job in batch:
+        end = start + job.rows
+        job.outputs = {name: values[start:end] for name, values in outputs.items()}
+        start = end
+
+
+def _finish(batch: list[Job], calls: list[Call]) -> None:
+    """On the loop: the answers first, then the statistics."""
+    for job in batch:
+        if not job.is_cancelled:
+            job.done(job)
+    for call in calls:
+        call.observe(*call.arguments)
