@@ -208,3 +208,8 @@ class FolderContext:
     def progress(self, done: float, total: float, text: str = "") -> None:
         assert 0 <= done <= total
         self.said.append(text)
+
+
+@pytest.fixture(scope="session")
+def context_type() -> type[FolderContext]:
+    return FolderContext

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from skl2onnx import to_onnx
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from millrace.compress.graph import PREFIX_KEY, parse_model, prefix_nodes, profile_graph
 from millrace.compress.recipes import RECIPES, Material, quantize_statically, store_weights
@@ -199,6 +201,49 @@ def test_a_forest_is_refitted_smaller(forest: bytes, digits: Any) -> None:
     assert np.allclose(scores.sum(axis=1), 1.0, atol=1e-4)
     assert np.mean(scores.argmax(axis=1) == digits.test_labels) > 0.9
     assert RECIPES["trees-25"].build(material_of(forest, digits)) == made
+
+
+def ensemble(estimator: Any, pixels: np.ndarray, labels: np.ndarray, output: str) -> bytes:
+    """A scikit-learn ensemble with one float output, behind a scaling prefix that must stay."""
+    estimator.fit(pixels / 16.0, labels)
+    options = {"zipmap": False} if output == "probabilities" else None
+    model = to_onnx(estimator, pixels[:1], options=options, target_opset={"": 15, "ai.onnx.ml": 3})
+    kept = model.graph.output[-1].name
+    del model.graph.output[:-1]
+    model.graph.output[0].name = output
+    source = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = ["scaled" if name == source else name for name in node.input]
+        node.output[:] = [output if name == kept else name for name in node.output]
+    model.graph.input[0].name = "pixels"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([16.0], np.float32), "sixteen"))
+    scale = onnx.helper.make_node("Div", ["pixels", "sixteen"], ["scaled"], name="preprocess/scale")
+    nodes = [scale, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
+
+
+def test_a_regression_forest_is_refitted_behind_its_prefix(digits: Any) -> None:
+    labels = digits.train_labels.astype(np.float32)
+    forest = ensemble(RandomForestRegressor(40, random_state=0), digits.train["pixels"], labels, "value")
+    made = RECIPES["trees-60"].build(Material(forest, digits.part(0, 64), TrainingRows(digits.train, labels, 0)))
+    assert "preprocess/scale" in {node.name for node in parse_model(made).graph.node}
+    assert len(made) < len(forest)
+    truth = digits.test_labels
+    errors = [np.abs(open_session(data).run(digits.test)["value"][:, 0] - truth).mean() for data in (forest, made)]
+    assert errors[1] < errors[0] * 1.3
+
+
+def test_a_binary_forest_is_refitted(digits: Any) -> None:
+    labels = (digits.train_labels >= 5).astype(np.int64)
+    model = RandomForestClassifier(40, random_state=0)
+    forest = ensemble(model, digits.train["pixels"], labels, "probabilities")
+    made = RECIPES["trees-25"].build(Material(forest, digits.part(0, 64), TrainingRows(digits.train, labels, 2)))
+    scores = open_session(made).run(digits.test)["probabilities"]
+    assert scores.shape == (600, 2)
+    assert np.allclose(scores.sum(axis=1), 1.0, atol=1e-4)
+    assert np.mean(scores.argmax(axis=1) == (digits.test_labels >= 5)) > 0.9
 
 
 def test_a_refit_needs_training_rows_of_every_class(forest: bytes, digits: Any) -> None:

@@ -24,7 +24,7 @@ class Machine:
     def clock(self) -> int:
         return self.now
 
-    def call(self, name: str, cost_ns: int):  # noqa: ANN201
+    def call(self, name: str, cost_ns: int):
         def run() -> None:
             self.calls.append(name)
             self.now += int(cost_ns * self.load)
@@ -46,7 +46,7 @@ def test_a_load_that_comes_and_goes_cancels_out() -> None:
     machine = Machine()
     rng = np.random.default_rng(0)
 
-    def noisy(name: str, cost_ns: int):  # noqa: ANN202
+    def noisy(name: str, cost_ns: int):
         inner = machine.call(name, cost_ns)
 
         def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,7 @@ def test_one_thread_without_spinning_unless_told() -> None:
 
 def external_model(tmp_path: Path) -> Path:
     path = tmp_path / "external.onnx"
-    onnx.save_model(
-        linear_model(), path, save_as_external_data=True, location="weights.bin", size_threshold=0
-    )
+    onnx.save_model(linear_model(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     return path
 
 
@@ -94,11 +93,8 @@ def test_arbitrary_bytes_end_in_one_clear_error(data: bytes) -> None:
 def test_a_flipped_byte_never_escapes_as_another_error(position: int, flip: int) -> None:
     data = bytearray(linear_model().SerializeToString())
     data[position % len(data)] ^= flip
-    try:
-        session = open_session(bytes(data))
-        session.run({"x": np.ones((1, 3), np.float32)})
-    except (CorruptError, StageError, InputError) as error:
-        assert error.message
+    with contextlib.suppress(CorruptError, StageError, InputError):
+        open_session(bytes(data)).run({"x": np.ones((1, 3), np.float32)})
 
 
 @pytest.mark.parametrize(

@@ -171,12 +171,10 @@ def test_a_damaged_file_is_corrupt(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[8192:-4096] = b"\xa5" * (len(data) - 8192 - 4096)
     path.write_bytes(data)
+    damaged = open_records(path)
     with pytest.raises(CorruptError, match="damaged"):
-        damaged = open_records(path)
-        try:
-            damaged.find(Run)
-        finally:
-            damaged.close()
+        damaged.find(Run)
+    damaged.close()
 
 
 def test_what_is_no_database_is_corrupt(tmp_path: Path) -> None:

@@ -40,9 +40,7 @@ class Admission:
         True
     """
 
-    def __init__(
-        self, limit: int = 1024, max_bytes: int = 256 << 20, share: float = 0.5, hold_s: float = 0.05
-    ) -> None:
+    def __init__(self, limit: int = 1024, max_bytes: int = 256 << 20, share: float = 0.5, hold_s: float = 0.05) -> None:
         self.limit = limit
         self.max_bytes = max_bytes
         self.per_connection = max(1, int(limit * share))

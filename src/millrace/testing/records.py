@@ -30,6 +30,15 @@ def event(number: int, subject: str = "run:1") -> Event:
     return Event(at=float(number), actor="user:1", verb="run.started", subject=subject, detail={"number": number})
 
 
+def fail_after(records: Records, *runs: Run) -> None:
+    """A transaction that writes and then fails with ZeroDivisionError."""
+    with records.transaction() as transaction:
+        for run in runs:
+            transaction.put(run)
+            transaction.append(event(2))
+        raise ZeroDivisionError
+
+
 class RecordsConformance:
     """What every implementation of `Records` must do."""
 
@@ -161,20 +170,22 @@ class RecordsConformance:
             assert [one.id for one in transaction.find(Run, {"state": "pending"})] == ["r"]
             assert records.get(Run, "r") is None  # not yet committed
         assert records.get(Run, "r") == run
-        with pytest.raises(ZeroDivisionError), records.transaction() as transaction:
-            transaction.put(Run(id="r", name="changed"))
-            transaction.put(Run(id="other"))
-            transaction.append(event(2))
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            fail_after(records, Run(id="r", name="changed"), Run(id="other"))
         assert records.get(Run, "r") == run
         assert records.get(Run, "other") is None
         assert records.seal() == 1
 
     def test_a_conflict_rolls_back(self, records: Records) -> None:
         records.put(Run(id="r"))
-        with pytest.raises(ConflictError), records.transaction() as transaction:
-            transaction.put(Run(id="other"))
-            transaction.put(Run(id="r"), expect_version=7)
+
+        def change() -> None:
+            with records.transaction() as transaction:
+                transaction.put(Run(id="other"))
+                transaction.put(Run(id="r"), expect_version=7)
+
+        with pytest.raises(ConflictError):
+            change()
         assert records.get(Run, "other") is None
         assert records.put(Run(id="other"), expect_version=0).version == 1
 
@@ -274,9 +285,8 @@ class RecordsConformance:
 
     def test_points_are_durable_with_the_next_transaction_and_at_close(self, records: Records, tmp_path: Path) -> None:
         records.append_metrics([MetricPoint("r", "loss", 0, 1.0, 0.0)])
-        with pytest.raises(ZeroDivisionError), records.transaction() as transaction:
-            transaction.put(Run(id="x"))
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            fail_after(records, Run(id="x"))
         records.put(Run(id="r"))
         other = self.open(tmp_path)
         assert [point.step for point in other.metrics("r")] == [0]

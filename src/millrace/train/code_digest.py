@@ -41,7 +41,9 @@ def code_digests(ref: str, project_dir: Path) -> dict[str, str]:
     if not first.is_relative_to(root):
         raise InputError(f"{ref} lies outside the folder of the spec", hint="keep the code beside the spec")
     if not first.is_file():
-        raise NotFoundError(f"there is no file {first.name} in {first.parent}", hint="correct the name before the colon")
+        raise NotFoundError(
+            f"there is no file {first.name} in {first.parent}", hint="correct the name before the colon"
+        )
     found: dict[str, str] = {}
     waiting = deque([first])
     while waiting:
@@ -60,7 +62,9 @@ def _parse(source: bytes, name: str) -> ast.Module:
         return ast.parse(source, filename=name)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
-        raise InputError(f"{name}:{line}: not Python: {getattr(error, 'msg', error)}", hint="correct that line") from error
+        raise InputError(
+            f"{name}:{line}: not Python: {getattr(error, 'msg', error)}", hint="correct that line"
+        ) from error
 
 
 def _local_imports(tree: ast.Module, path: Path, root: Path, script_dir: Path) -> Iterator[Path]:

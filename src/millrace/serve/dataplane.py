@@ -1,0 +1,177 @@
+"""The transport-free data plane: admit, queue, run, count. HTTP (and gRPC later) only translate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from millrace.core.errors import InputError
+from millrace.core.ports import Runtime
+from millrace.core.types import Struct
+from millrace.formats.signature import Signature, TensorSpec
+from millrace.serve.admission import Admission, Refusal
+from millrace.serve.batching import Batcher, Cost, Job
+from millrace.serve.metrics import Metrics
+from millrace.serve.telemetry import Collector
+
+
+class ModelInfo(Struct, kw_only=True):
+    """How the served model is called."""
+
+    name: str
+    version: str
+    variant: str = "fp32"
+
+
+class DataPlane:
+    """One served model. Everything here belongs to the event loop's thread.
+
+    Args:
+        info: The model's name.
+        runtime: Loaded and ready; called from runner threads where a call is slow.
+        signature: What the model reads and answers.
+        admission: The bounded queue.
+        cost: The calibration.
+        max_batch: Rows in one call at most.
+        call_soon: The loop's `call_soon`.
+        call_from_thread: The loop's `call_soon_threadsafe`.
+        collector: Histograms of inputs and outputs; None counts nothing.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        runtime: Runtime,
+        signature: Signature,
+        admission: Admission,
+        batcher: Batcher,
+        collector: Collector | None = None,
+    ) -> None:
+        self.info = info
+        self.runtime = runtime
+        self.signature = signature
+        self.admission = admission
+        self.batcher = batcher
+        self.collector = collector
+        self.metrics = Metrics()
+        batcher.observe = self._observe
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should come here."""
+        return self.runtime.is_ready and not self.admission.is_draining
+
+    def submit(
+        self,
+        tensors: dict[str, np.ndarray],
+        size_bytes: int,
+        done: Callable[[Job], None],
+        held_by_connection: int = 0,
+    ) -> Refusal | Job:
+        """Queue a request.
+
+        Args:
+            tensors: Every input with the signature's dtype and shape (`oip` and `rows` see to that).
+            size_bytes: Of its body, for the queue's bound.
+            done: Called once on the loop with the job: `outputs` or `error` is set.
+            held_by_connection: How many of its requests wait already.
+
+        Returns:
+            The job, or why it was refused: then `done` is never called.
+        """
+        refusal = self.admission.admit(size_bytes, held_by_connection)
+        if refusal is not None:
+            return refusal
+
+        def finish(job: Job) -> None:
+            self.admission.release(size_bytes)
+            self.metrics.latency.add((time.perf_counter_ns() - job.enqueued_ns) / 1e9)
+            if job.error is not None:
+                self.metrics.failures += 1
+            done(job)
+
+        job = Job(tensors, len(next(iter(tensors.values()))), finish)
+        self.batcher.submit(job)
+        return job
+
+    def _observe(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        jobs: Sequence[Job],
+        start_ns: int,
+        end_ns: int,
+    ) -> None:
+        queue_ns = sum(start_ns - job.enqueued_ns for job in jobs)
+        rows = sum(job.rows for job in jobs)
+        self.metrics.observe_call(rows, end_ns - start_ns, queue_ns)
+        self.metrics.last_inference_ms = time.time_ns() // 1_000_000
+        if self.collector is not None:
+            self.collector.add(tensors, outputs)
+
+
+class CheckedInfer:
+    """The runtime behind a check of the values: what is wrong fails its batch, which then runs singly.
+
+    An image has no missing values: NaN or infinity in it is refused. In a table NaN means missing,
+    infinity is refused. Checked for a whole batch at once, since a check per request costs as much as
+    a small model.
+
+    Args:
+        runtime: The model.
+        signature: Its inputs.
+    """
+
+    def __init__(self, runtime: Runtime, signature: Signature) -> None:
+        self._infer = runtime.infer
+        self._specs = [spec for spec in signature.inputs if spec.dtype in ("float32", "float64")]
+
+    def __call__(self, tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            InputError: A value is not finite; names the tensor and the row.
+        """
+        for spec in self._specs:
+            values = tensors[spec.name]
+            if not np.isfinite(values).all():
+                check_finite(spec, values)
+        return self._infer(tensors)
+
+
+def check_finite(spec: TensorSpec, values: np.ndarray) -> None:
+    """Refuse what the model cannot mean.
+
+    Raises:
+        InputError: Infinity, or NaN where there are no missing values.
+
+    Example:
+        >>> image = TensorSpec(name="pixels", dtype="float32", shape=[-1, 2], semantic="image")
+        >>> check_finite(image, np.array([[0.0, 1.0], [np.nan, 1.0]], dtype=np.float32))
+        Traceback (most recent call last):
+        millrace.core.errors.InputError: input 'pixels': row 1 has nan: want finite numbers
+    """
+    bad = ~np.isfinite(values) if spec.semantic == "image" else np.isinf(values)
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        shown = float(values[bad].reshape(-1)[0])
+        raise InputError(f"input {spec.name!r}: row {row} has {shown}: want finite numbers")
+
+
+def sample_of(signature: Signature, golden: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """A row to calibrate with: a golden one, else zeros and empty texts."""
+    if golden:
+        return {spec.name: np.asarray(golden[spec.name])[:1] for spec in signature.inputs}
+    return {spec.name: _zeros(spec) for spec in signature.inputs}
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray:
+    shape = [1, *[size if size > 0 else 1 for size in spec.shape[1:]]]
+    if spec.dtype == "string":
+        return np.full(shape, "", dtype=object)
+    return np.zeros(shape, dtype=spec.dtype)
+
+
+DEFAULT_COST = Cost(base_s=1e-3, per_row_s=1e-4)  # not measured: runner threads

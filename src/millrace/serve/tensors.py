@@ -1,0 +1,177 @@
+"""Tensors on the wire: JSON lists and raw bytes, checked against a signature's `TensorSpec`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from millrace.core.errors import InputError
+from millrace.formats.signature import TensorSpec
+
+DATATYPES = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float32": "FP32",
+    "float64": "FP64",
+    "string": "BYTES",
+}
+_MAX_ELEMENTS = 1 << 40
+_PACK_UP_TO = 4096  # elements; a packer per size is kept
+_NUMPY = orjson.OPT_SERIALIZE_NUMPY
+
+
+def itemsize(spec: TensorSpec) -> int:
+    return 0 if spec.dtype == "string" else np.dtype(spec.dtype).itemsize
+
+
+def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> int:
+    """The number of rows.
+
+    Raises:
+        InputError: The datatype or the shape is not the signature's.
+    """
+    wanted = DATATYPES[spec.dtype]
+    if datatype != wanted:
+        raise InputError(f"input {spec.name!r}: want datatype {wanted}, got {shown(datatype)}")
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise InputError(f"input {spec.name!r}: want shape {spec.shape} in whole numbers, got {shown(shape)}")
+    if len(shape) != len(spec.shape) or not all(
+        size == given or (size == -1 and given > 0) for size, given in zip(spec.shape[1:], shape[1:], strict=True)
+    ):
+        raise InputError(f"input {spec.name!r}: want shape {spec.shape} (-1: any), got {shown(shape)}")
+    if shape[0] < 1:
+        raise InputError(f"input {spec.name!r}: want at least one row, got shape {shown(shape)}")
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise InputError(f"input {spec.name!r}: shape {shown(shape)} has more elements than a body can hold")
+    return shape[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _float_packer(size: int) -> struct.Struct:
+    return struct.Struct(f"<{size}f")
+
+
+def floats(spec: TensorSpec, shape: list[int], rows: int, data: list[float]) -> np.ndarray:
+    if len(data) != math.prod(shape):
+        raise InputError(f"input {spec.name!r}: want {math.prod(shape)} numbers for shape {shape}, got {len(data)}")
+    try:
+        if len(data) <= _PACK_UP_TO:
+            return np.frombuffer(_float_packer(len(data)).pack(*data), dtype="<f4").reshape(shape)
+        with np.errstate(over="ignore"):
+            return np.array(data, dtype=np.float32).reshape(shape)  # too large becomes infinity: refused later
+    except OverflowError:
+        raise InputError(f"input {spec.name!r}: has a number that FP32 cannot hold") from None
+
+
+def read_binary(
+    spec: TensorSpec, shape: list[int], parameters: Mapping[str, Any], rest: bytes, offset: int
+) -> tuple[np.ndarray, int]:
+    """A tensor from the binary part, and where the next one begins."""
+    size = parameters.get("binary_data_size")
+    if type(size) is not int or size < 0:
+        raise InputError(f"input {spec.name!r}: has neither data nor a binary_data_size in bytes, got {shown(size)}")
+    end = offset + size
+    if end > len(rest):
+        raise InputError(f"input {spec.name!r}: want {size} bytes of binary data, got {max(0, len(rest) - offset)}")
+    if spec.dtype == "string":
+        return _texts_from_bytes(spec, shape, rest[offset:end]), end
+    count = math.prod(shape)
+    wanted = count * itemsize(spec)
+    if size != wanted:
+        raise InputError(f"input {spec.name!r}: want {wanted} bytes for shape {shape}, got {size}")
+    dtype = np.dtype(spec.dtype)
+    if dtype.itemsize > 1 and offset % dtype.itemsize:
+        return np.frombuffer(rest[offset:end], dtype=dtype).reshape(shape), end  # a copy: aligned
+    return np.frombuffer(rest, dtype=dtype, count=count, offset=offset).reshape(shape), end
+
+
+def _texts_from_bytes(spec: TensorSpec, shape: list[int], data: bytes) -> np.ndarray:
+    texts: list[str] = []
+    position = 0
+    while position < len(data):
+        start = position + 4
+        end = start + int.from_bytes(data[position:start], "little")
+        if start > len(data) or end > len(data):
+            raise InputError(f"input {spec.name!r}: text {len(texts)} ends after the {len(data)} bytes of the tensor")
+        try:
+            texts.append(data[start:end].decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"input {spec.name!r}: text {len(texts)} is not UTF-8") from None
+        position = end
+    if len(texts) != math.prod(shape):
+        raise InputError(f"input {spec.name!r}: want {math.prod(shape)} texts for shape {shape}, got {len(texts)}")
+    return np.array(texts, dtype=object).reshape(shape)
+
+
+_JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "string": ((str,), "texts"),
+    "float32": ((int, float), "numbers"),
+    "float64": ((int, float), "numbers"),
+}
+
+
+def from_json(spec: TensorSpec, shape: list[int], rows: int, data: Any) -> np.ndarray:
+    if not isinstance(data, list):
+        raise InputError(f"input {spec.name!r}: want data, a list, got {shown(data)}")
+    values: list[Any] = []
+    _flatten(spec, data, values, 0)
+    types, noun = _JSON_TYPES.get(spec.dtype, ((int,), "whole numbers"))
+    allows_null = spec.dtype in ("float32", "float64") and spec.semantic != "image"
+    for index, value in enumerate(values):
+        if type(value) not in types and not (value is None and allows_null):
+            raise InputError(f"input {spec.name!r}: want {noun}, got {shown(value)} at element {index}")
+    if len(values) != math.prod(shape):
+        raise InputError(f"input {spec.name!r}: want {math.prod(shape)} {noun} for shape {shape}, got {len(values)}")
+    if spec.dtype == "string":
+        return np.array(values, dtype=object).reshape(shape)
+    if spec.dtype == "float32" and None not in values:
+        return floats(spec, shape, rows, values)
+    try:
+        return np.array(values, dtype=spec.dtype).reshape(shape)  # None becomes NaN: missing
+    except OverflowError:
+        raise InputError(f"input {spec.name!r}: has a number that {DATATYPES[spec.dtype]} cannot hold") from None
+
+
+def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) -> None:
+    if depth > 16:
+        raise InputError(f"input {spec.name!r}: data is nested more than 16 deep")
+    for value in data:
+        if isinstance(value, list):
+            _flatten(spec, value, found, depth + 1)
+        else:
+            found.append(value)
+
+
+def to_bytes(values: np.ndarray) -> bytes:
+    if values.dtype != object:
+        return values.tobytes()
+    encoded = [str(value).encode() for value in values.reshape(-1)]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
+
+
+def to_json(values: np.ndarray) -> bytes:
+    flat = values.reshape(-1)
+    return orjson.dumps(flat.tolist() if values.dtype == object else np.ascontiguousarray(flat), option=_NUMPY)
+
+
+def as_object(value: Any, place: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: want an object, got {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
