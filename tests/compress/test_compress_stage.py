@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from millrace.compress import COMPRESS
-from millrace.compress.foreign import class_indices, compress_model, tensors_from_columns
+from millrace.compress.foreign import class_indices, compress_model
 from millrace.compress.stage import compress
 from millrace.core.errors import InputError, StageError
 from millrace.core.extras import load, missing_modules
@@ -175,21 +175,6 @@ def test_a_model_without_numbers_is_refused(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     with pytest.raises(InputError, match="no output of decimal numbers"):
         compress_model(write(tmp_path, model.SerializeToString()), {"x": np.ones((20, 3), np.float32)}, np.zeros(20))
-
-
-def test_columns_become_tensors() -> None:
-    columns = {"a": np.array([1, 2]), "b": np.array([3, 4]), "kind": np.array(["x", "y"])}
-    inputs = [
-        TensorSpec(name="numbers", dtype="float32", shape=[-1, 2]),
-        TensorSpec(name="kind", dtype="string", shape=[-1, 1]),
-    ]
-    made = tensors_from_columns(inputs, columns)
-    assert made["numbers"].tolist() == [[1.0, 3.0], [2.0, 4.0]]
-    assert made["kind"].tolist() == [["x"], ["y"]]
-    with pytest.raises(InputError, match="wants 3 columns beside the label, the table has 2"):
-        tensors_from_columns([TensorSpec(name="n", dtype="float32", shape=[-1, 3]), inputs[1]], columns)
-    with pytest.raises(InputError, match="wants float32"):
-        tensors_from_columns([TensorSpec(name="kind", dtype="float32", shape=[-1])], columns)
 
 
 def test_class_numbers_are_taken_as_they_are() -> None:

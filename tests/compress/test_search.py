@@ -144,6 +144,8 @@ def test_trees_offer_replacements_only_where_allowed(forest: bytes, digits: Any)
     closed = search(job_of(forest, digits))
     assert [row.name for row in closed.facts.variants] == ["fp32"]
     assert any("allow_replacement" in entry["reason"] for entry in closed.facts.skipped)
+    assert "tree ensembles are not quantised" in closed.facts.why
+    assert "compress.allow_replacement: true" in closed.facts.why
     opened = search(job_of(forest, digits, options=Compress(allow_replacement=True)))
     rows = {row.name: row for row in opened.facts.variants}
     assert rows["trees-25"].is_replacement

@@ -94,7 +94,9 @@ def test_clip_unit_and_text_transform(project):
 
 @pytest.mark.parametrize(("strategy", "want"), [("mean", None), ("median", None), ("mode", None), ("value", 77)])
 def test_fill_uses_training_rows_only(project, strategy, want):
-    project.write("t.csv", "a,y,k\n" + "".join(f"{'' if i % 9 == 0 else i * 1.5},{'ab'[i % 2]},{i}\n" for i in range(90)))
+    project.write(
+        "t.csv", "a,y,k\n" + "".join(f"{'' if i % 9 == 0 else i * 1.5},{'ab'[i % 2]},{i}\n" for i in range(90))
+    )
     rule = {"columns": "a", "strategy": strategy} | ({"value": want} if want else {})
     _, reader = project.run(clean=[{"fill_missing": rule}, {"drop_missing": {"columns": "a"}}])
     raw, _ = project.run()
@@ -121,7 +123,7 @@ def test_wrong_expression_and_wrong_type(project):
     with pytest.raises(DataError, match="regular expression"):
         project.run(clean=[{"pattern": {"columns": "a", "regex": "("}}])
     project.write("t.csv", "a,y\n" + "".join(f"2024-01-{i % 28 + 1:02d},{'ab'[i % 2]}\n" for i in range(40)))
-    with pytest.raises(DataError, match="want.* number columns"):
+    with pytest.raises(DataError, match="wants number columns"):
         project.run(clean=[{"range": {"columns": "a", "min": 0}}])
 
 

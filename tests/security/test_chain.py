@@ -49,7 +49,7 @@ def make(count: int) -> list[Sealed]:
 def test_the_formulas_are_pinned() -> None:
     """Stored chains must verify for ever: these digests may never change."""
     first = make(1)[0]
-    assert first.chain == "PINNED_CHAIN"
+    assert first.chain == "096a4a5f0f4b33de53b44dc1c26baea7d38b86458bee86d5ecd44b3d9d0d4f43"
     assert chain_digest(GENESIS, first) == first.chain
     assert commitment(b"\x01" * 32, b'{"n":1}') == first.commitment
 
@@ -91,10 +91,10 @@ def test_reordered_or_cut_chains_are_broken(order: list[int], kept: int) -> None
     links = make(6)
     changed = [links[index] for index in order[:kept]]
     checked = verify(changed, head=(6, links[-1].chain))
-    good = [
-        index for index, at in enumerate(order[:kept]) if all(order[i] == i for i in range(index + 1)) and at == index
-    ]
-    assert checked.seq == len(good)
+    good = 0
+    while good < kept and order[good] == good:
+        good += 1
+    assert checked.seq == good
     assert (checked.broken is None) == (changed == links)
 
 

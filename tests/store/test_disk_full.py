@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from millrace.core.types import Event, MetricPoint, Run, Step
 from millrace.security.chain import verify
 from millrace.store.blobs_local import LocalBlobs
 from millrace.store.leases import acquire, renew
+from millrace.store.metric_buffer import FLUSH_EVERY_S
 from millrace.store.records_sql import open_records
 
 pytestmark = [
@@ -117,8 +119,19 @@ def test_metric_points_wait_for_space(disk: Path) -> None:
     records.append_metrics(points)
     with pytest.raises(DiskFullError):
         records.metrics("r")
+
+    def log_until_refused() -> None:
+        while True:
+            records.append_metrics([MetricPoint("other", "loss", 0, 1.0, 0.0)])
+            threading.Event().wait(0.02)
+
+    with pytest.raises(DiskFullError):  # whoever logs is told, not only a thread
+        log_until_refused()
     filler.unlink()
     assert records.metrics("r") == points
+    threading.Event().wait(2 * FLUSH_EVERY_S)
+    records.append_metrics([MetricPoint("r", "loss", 2000, 1.0, 0.0)])  # and not told for ever
+    assert len(records.metrics("r")) == 2001
     records.close()
 
 
@@ -138,9 +151,13 @@ def test_a_lease_is_kept_over_a_full_disk(disk: Path) -> None:
     lease = acquire(records, "run/1", clock, 10.0)
     assert lease is not None
     filler = fill(disk)
+
+    def renew_until_full() -> None:
+        while renew(records, lease, clock, 10.0) is not None:
+            clock.sleep(1.0)
+
     with pytest.raises(DiskFullError):
-        for _ in range(1000):
-            renew(records, lease, clock, 10.0)
+        renew_until_full()
     filler.unlink()
     assert renew(records, lease, clock, 10.0) is not None
     records.close()

@@ -115,35 +115,52 @@ def test_a_released_lease_is_free_and_its_token_stays(records: SqlRecords) -> No
         check_fence(transaction, lease)
 
 
+ACTIONS = st.sampled_from(["acquire", "release", "renew", "die", "wait", "move"])
+
+
+class Model:
+    """What a lease must do: who may take it follows from four facts."""
+
+    def __init__(self) -> None:
+        self.token, self.expires_at = 0, 0.0
+        self.held = self.dead = self.elsewhere = False
+
+    def is_free(self, now_s: float) -> bool:
+        """Not held, held by a process proven dead here, or out of sight and out of time."""
+        return not self.held or (self.dead and not self.elsewhere) or (self.elsewhere and self.expires_at <= now_s)
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from(["acquire", "release", "renew", "die", "wait", "move"]), max_size=12))
+@given(st.lists(ACTIONS, max_size=12))
 def test_tokens_only_grow_and_two_never_hold(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
-    records, clock = open_records(tmp_path_factory.mktemp("home") / "records.db"), FakeClock()
-    token, current = 0, None
-    free = True
+    records, clock, model = open_records(tmp_path_factory.mktemp("home") / "records.db"), FakeClock(), Model()
+    current: Lease | None = None
     for action in actions:
         stored = records.get(Lease, "x")
-        if action == "acquire":
+        if action == "wait":
+            clock.sleep(6.0)
+        elif action == "acquire":
             got = acquire(records, "x", clock, 10.0)
-            assert (got is not None) == free
+            assert (got is not None) == model.is_free(clock.now())
             if got is not None:
-                assert got.token == token + 1
-                token, current, free = got.token, got, False
-        elif action == "wait":
-            clock.sleep(11.0)
-            free = free or (stored is not None and stored.boot_id == "elsewhere")
-        elif current is not None and stored is not None and stored.held:
-            if action == "release":
-                free = release(records, current)
-            elif action == "renew":
-                assert (renew(records, current, clock, 10.0) is not None) == (stored.token == current.token)
-                free = False
-            elif action == "die" and stored.boot_id != "elsewhere":
-                records.put(msgspec.structs.replace(stored, process_started="0"))
-                free = True
-            elif action == "move" and not free:
-                records.put(msgspec.structs.replace(stored, boot_id="elsewhere"))
-                free = stored.expires_at <= clock.now()
+                model.token, model.expires_at = model.token + 1, clock.now() + 10.0
+                model.held, model.dead, model.elsewhere = True, False, False
+                assert got.token == model.token
+                current = got
+        elif current is None or stored is None:
+            continue
+        elif action == "release":
+            assert release(records, current) == model.held
+            model.held = False
+        elif action == "renew":
+            assert (renew(records, current, clock, 10.0) is not None) == model.held
+            model.expires_at = clock.now() + 10.0 if model.held else model.expires_at
+        elif action == "die":
+            records.put(msgspec.structs.replace(stored, process_started="0"))
+            model.dead = True
+        elif action == "move":
+            records.put(msgspec.structs.replace(stored, boot_id="elsewhere"))
+            model.elsewhere = True
     records.close()
 
 

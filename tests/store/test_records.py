@@ -162,19 +162,27 @@ def test_unknown_fields_of_stored_records_are_ignored(records: SqlRecords) -> No
     assert records.get(Run, "r") == run
 
 
-def test_a_damaged_file_is_corrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_damaged_page", [1, 20])
+def test_a_damaged_file_is_corrupt(tmp_path: Path, first_damaged_page: int) -> None:
     path = tmp_path / "records.db"
     records = open_records(path)
     for number in range(200):
         records.put(Run(id=f"{number:04}", spec_text="x" * 1000))
     records.close()
     data = bytearray(path.read_bytes())
-    data[8192:-4096] = b"\xa5" * (len(data) - 8192 - 4096)
+    start = 4096 * first_damaged_page
+    data[start:] = b"\xa5" * (len(data) - start)
     path.write_bytes(data)
-    damaged = open_records(path)
+
+    def read() -> None:
+        damaged = open_records(path)
+        try:
+            damaged.find(Run)
+        finally:
+            damaged.close()
+
     with pytest.raises(CorruptError, match="damaged"):
-        damaged.find(Run)
-    damaged.close()
+        read()
 
 
 def test_what_is_no_database_is_corrupt(tmp_path: Path) -> None:

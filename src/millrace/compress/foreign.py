@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from millrace.core.errors import InputError
 from millrace.core.facts import CompressFacts, Task
 from millrace.core.spec import Compress
 from millrace.formats.session import Session, open_session
-from millrace.formats.signature import TensorSpec
 
 Tensors = Mapping[str, np.ndarray]
 _CALIBRATION_SHARE = 5  # one row in five is for calibration, the others judge
@@ -36,7 +35,7 @@ def compress_model(
 
     Args:
         model: A self-contained ONNX file whose inputs have rows as their first dimension.
-        rows: Every input by name, equal numbers of rows; see `tensors_from_columns`.
+        rows: Every input by name, equal numbers of rows.
         labels: Per row the class (its index, or any values whose sorted order is the order of the scores),
             or the value, when the model has no output with several columns.
         options: Like the spec's `compress` section.
@@ -122,53 +121,6 @@ def class_indices(labels: np.ndarray, classes: int) -> np.ndarray:
             hint="give the class as its column number, from 0 on",
         )
     return indices.astype(np.int64)
-
-
-def tensors_from_columns(inputs: Sequence[TensorSpec], columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs of a model from the columns of a table, the label left out.
-
-    An input takes the column of its name; the one input that has none takes all other columns side by side,
-    in the table's order.
-
-    Args:
-        inputs: Of `Session.inputs`.
-        columns: Name → values, [rows].
-
-    Raises:
-        InputError: An input has no column, or the wrong number of them.
-
-    Example:
-        >>> spec = TensorSpec(name="x", dtype="float32", shape=[-1, 2])
-        >>> tensors_from_columns([spec], {"a": np.array([1, 2]), "b": np.array([3, 4])})["x"].tolist()
-        [[1.0, 3.0], [2.0, 4.0]]
-    """
-    rest = [name for name in columns if name not in {spec.name for spec in inputs}]
-    unnamed = [spec for spec in inputs if spec.name not in columns]
-    if len(unnamed) > 1:
-        raise InputError(
-            f"the model's inputs {', '.join(spec.name for spec in unnamed)} have no columns of their names",
-            hint=f"rename the columns; there are {', '.join(list(columns)[:12])}",
-        )
-    tensors = {}
-    for spec in inputs:
-        names = rest if spec in unnamed else [spec.name]
-        width = spec.shape[1] if len(spec.shape) == 2 else 1
-        if spec in unnamed and width not in (-1, len(names)):
-            raise InputError(
-                f"input {spec.name!r} wants {width} columns beside the label, the table has {len(names)}",
-                hint="leave out the columns that the model does not read",
-            )
-        tensors[spec.name] = _stack(spec, [columns[name] for name in names])
-    return tensors
-
-
-def _stack(spec: TensorSpec, columns: list[np.ndarray]) -> np.ndarray:
-    dtype = object if spec.dtype == "string" else np.dtype(spec.dtype)
-    try:
-        values = np.stack([np.asarray(column).astype(dtype) for column in columns], axis=1)
-    except ValueError as error:
-        raise InputError(f"input {spec.name!r} wants {spec.dtype}: {error}", hint="convert the column first") from error
-    return values[:, 0] if len(spec.shape) == 1 else values
 
 
 def _check_rows(session: Session, rows: Tensors, labels: np.ndarray) -> int:

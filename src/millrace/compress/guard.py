@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from millrace.core.facts import GuaranteeFacts, Task
@@ -184,21 +185,9 @@ def _judge_changed(
 
 
 def _untested(facts: GuaranteeFacts, stopped_by: str) -> GuaranteeFacts:
-    return GuaranteeFacts(
-        status="not_tested",
-        metric=facts.metric,
-        base_score=facts.base_score,
-        score=facts.score,
-        drop=facts.drop,
-        bound=None,
-        limit=facts.limit,
-        confidence=facts.confidence,
-        rows=facts.rows,
-        changed=facts.changed,
-        changed_bound=None,
-        changed_limit=facts.changed_limit,
-        explanation=f"not tested: testing stops at the first failure, here {stopped_by}; so the certificates "
-        "given before hold together",
+    text = f"not tested: testing stops at the first failure, here {stopped_by}, so that all certificates hold together"
+    return msgspec.structs.replace(
+        facts, status="not_tested", bound=None, changed_bound=None, rows_needed=None, explanation=text
     )
 
 
@@ -233,11 +222,7 @@ def _explained(
         parts.append(f"judged by paired accuracy, since {limits.metric} has no bound per row")
     if limits.task == "regression" and limits.metric not in {"", "mae"}:
         parts.append(f"judged by mean absolute error, whose paired bound holds; {limits.metric} has heavy tails")
-    return _with_text(facts, "; ".join(parts))
-
-
-def _with_text(facts: GuaranteeFacts, text: str) -> GuaranteeFacts:
-    return GuaranteeFacts(**{name: getattr(facts, name) for name in facts.__struct_fields__} | {"explanation": text})
+    return msgspec.structs.replace(facts, explanation="; ".join(parts))
 
 
 def _percent(share: float | None) -> str:

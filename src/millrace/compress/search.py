@@ -60,12 +60,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Variant:
-    """A candidate that loads and answers."""
+    """A candidate that loads and answers; `answers` are those on the test rows."""
 
     recipe: Recipe
     data: bytes
     session: Session
     snr_db: float
+    answers: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,12 @@ def _make(recipe: Recipe, material: Material, base: Session, job: Job, order_sco
     try:
         session = open_session(data, threads=job.threads)
         scores = answer_rows(session, job.ordering, job.output, max(job.options.batch_sizes))
+        test_scores = answer_rows(session, job.test, job.output, max(job.options.batch_sizes))
     except (MillraceError, KeyError) as error:
         return f"did not load or run: {_first_line(error)}"
     if _interface(session) != _interface(base):
         return "inputs or outputs differ from the base's"
-    if not np.isfinite(scores).all():
+    if not (np.isfinite(scores).all() and np.isfinite(test_scores).all()):
         return "answers that are not finite"
     if shape_of_work(parse_model(data)) == shape_of_work(material.model):
         return "the graph is unchanged"
@@ -203,7 +205,7 @@ def _make(recipe: Recipe, material: Material, base: Session, job: Job, order_sco
         return f"too noisy: {snr_db:.1f} dB against the base, {_MIN_SNR_DB:g} are needed"
     if recipe.is_replacement and len(data) >= len(job.model):
         return "not smaller than the base"
-    return Variant(recipe, data, session, snr_db)
+    return Variant(recipe, data, session, snr_db, _answers(test_scores, job.task))
 
 
 def _interface(session: Session) -> list[tuple[str, str]]:
@@ -219,14 +221,7 @@ def _certify(job: Job, base: Session, variants: list[Variant], batch: int) -> di
         metric=job.metric,
     )
     base_answers = _answers(answer_rows(base, job.test, job.output, batch), job.task)
-    candidates = [
-        Candidate(
-            variant.recipe.name,
-            _answers(answer_rows(variant.session, job.test, job.output, batch), job.task),
-            variant.recipe.is_replacement,
-        )
-        for variant in variants
-    ]
+    candidates = [Candidate(v.recipe.name, v.answers, v.recipe.is_replacement) for v in variants]
     return certify(base_answers, candidates, job.expected, limits)
 
 
@@ -275,6 +270,8 @@ def _report(
         )
         rows.append(msgspec.structs.replace(entry, note=describe(entry, variant.recipe.acts == DYNAMIC)))
     chosen, why = choose(rows, job.options)
+    if not variants and skipped:
+        why = "no variant was made: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped)
     max_drop = DEFAULT_DROP[job.task] if job.options.max_drop is None else float(job.options.max_drop)
     return CompressFacts(
         variants=rows,

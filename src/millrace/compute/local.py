@@ -37,9 +37,7 @@ class LocalCompute:
         heartbeat_timeout_s: A worker silent for so long is hung.
     """
 
-    def __init__(
-        self, home: Path, entry: str, preload: Sequence[str] = (), heartbeat_timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, home: Path, entry: str, preload: Sequence[str] = (), heartbeat_timeout_s: float = 60.0) -> None:
         self._home, self._entry, self._preload = home, entry, tuple(preload)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._lock = threading.Lock()
@@ -287,5 +285,3 @@ class LocalHandle:
             if self._verdict is not None:
                 self._kill()
                 return
-
-

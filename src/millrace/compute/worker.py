@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 
+from millrace.compute.link import WorkerLink
 from millrace.core import extras
 from millrace.core.errors import DiskFullError, MillraceError, NotFoundError, StageError, StepMemoryError
-from millrace.compute.link import WorkerLink
 from millrace.core.ports import Blobs, HeartbeatFrame, MetricsFrame, OutputFrame, ProgressFrame, Work, WorkResult
 from millrace.core.spec import Spec
 from millrace.core.spec_errors import decode_hook

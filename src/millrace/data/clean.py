@@ -53,10 +53,12 @@ class Cleaner:
         data, required = self.data, list(required)
         by_hand = self._text_rule_columns()
         self._convert([c for c in self.columns if c not in by_hand and c not in ignored])
+        before = self.frame.schema
         for rule in data.clean:
             name, compiled = compile_rule(rule, Scope(self.frame, data.label, frozenset(self.fills)))
             self._apply(name, compiled)
-        self._convert([c for c in self.columns if c in by_hand and c not in ignored])
+        changed = {c for c in self.columns if self.frame.schema[c] != before[c]}  # a clipped text is a number now
+        self._convert([c for c in self.columns if c in by_hand | changed and c not in ignored])
         self._check_values("values")
         rejects = [Reject("unlabelled", data.label, pl.col(data.label).is_null())]
         rejects += [Reject("missing", column, pl.col(column).is_null()) for column in required]

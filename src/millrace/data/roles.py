@@ -182,7 +182,8 @@ def settle_label(frame: pl.DataFrame, data: Data) -> tuple[pl.DataFrame, Label]:
     classes = [_class_text(value) for value in label.unique().sort()]
     if len(classes) < 2:
         raise DataError(
-            f"label {data.label!r} has one class only, {short(classes[0])} in all {frame.height} rows: want at least two",
+            f"label {data.label!r} has one class only, {short(classes[0])} in all {frame.height} rows: "
+            "want at least two",
             details={"column": data.label},
         )
     if len(classes) > _MAX_CLASSES:

@@ -111,8 +111,8 @@ def _check_quotes(text: str, name: str, delimiter: str) -> None:
     row = 0
     limit = csv.field_size_limit(_MAX_BLOCK_BYTES)
     try:
-        for row, _ in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), start=1):
-            pass
+        for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
+            row += 1
     except csv.Error as error:
         raise DataError(
             f"{name} row {row} opens a quote that is not closed ({error})",

@@ -7,6 +7,7 @@ from order statistics (no assumption about the noise).
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -18,7 +19,7 @@ from millrace.core.errors import InputError
 
 Call = Callable[[], object]
 _WARM_UP_CALLS = 3
-_SLOT_NS = 150_000  # a slot repeats short calls until the clock's own cost is below one per cent
+_SLOT_NS = 300_000  # a slot repeats short calls until the clock's own cost is below one per cent
 _CHECK_EVERY = 8
 _LN2 = math.log(2.0)
 
@@ -84,12 +85,14 @@ def measure_interleaved(
         raise InputError(f"the base {base!r} is not among the calls: {', '.join(calls)}")
     names = list(calls)
     repeats = {name: _repeats(calls[name], clock) for name in names}
+    shuffle = random.Random(0).shuffle  # nobody always follows the same predecessor: it decides what is in the cache
+    order = list(names)
     samples: list[list[float]] = []
     started = time.perf_counter_ns()
     while len(samples) < budget.max_rounds:
-        turn = len(samples) % len(names)  # nobody is always first after a pause
+        shuffle(order)
         row = dict.fromkeys(names, 0.0)
-        for name in names[turn:] + names[:turn]:
+        for name in order:
             row[name] = _slot(calls[name], repeats[name], clock)
         samples.append([row[name] for name in names])
         is_due = len(samples) >= budget.min_rounds and len(samples) % _CHECK_EVERY == 0
@@ -134,6 +137,7 @@ def _repeats(call: Call, clock: Callable[[], int]) -> int:
 
 
 def _slot(call: Call, repeats: int, clock: Callable[[], int]) -> float:
+    call()  # untimed: brings code and weights back into the caches after the others
     started = clock()
     for _ in range(repeats):
         call()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from millrace.core.errors import CorruptError, InputError, NotFoundError, StageError
 from millrace.formats.signature import Dtype, TensorSpec
@@ -54,7 +54,8 @@ class Session:
             StageError: The graph failed on these tensors, or they are not what it wants.
         """
         try:
-            return dict(zip(self._output_names, self.raw.run(None, dict(tensors)), strict=True))
+            outputs: list[Any] = list(self.raw.run(None, dict(tensors)))
+            return dict(zip(self._output_names, outputs, strict=True))
         except (*ORT_ERRORS, ValueError, RuntimeError, TypeError) as error:
             wanted = ", ".join(f"{spec.name} {spec.dtype}{spec.shape}" for spec in self.inputs)
             got = ", ".join(f"{key} {np.asarray(value).dtype}{list(np.shape(value))}" for key, value in tensors.items())

@@ -1,1 +1,11 @@
 """From windows of telemetry to alerts."""
+
+from millrace.core.ports import StageDescriptor
+
+MONITOR = StageDescriptor(
+    name="monitor",
+    implementation="millrace.monitor.stage:monitor",
+    version="1",
+    sections=("monitor",),
+    inputs=("register.bundle", "serve.telemetry"),
+)

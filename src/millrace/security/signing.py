@@ -86,6 +86,8 @@ class HomeSigner:
         try:
             document = _DECODER.decode(signature)
             raw = base64.b64decode(document.signature, validate=True)
+            if base64.b64encode(raw).decode() != document.signature:  # spare bits: one signature, one spelling
+                raise binascii.Error("the base64 text is not in its only form")
         except (msgspec.MsgspecError, binascii.Error, UnicodeError) as error:
             raise UntrustedError(f"the signature of {digest} is not a signature document: {error}") from error
         if document.algorithm != ALGORITHM:

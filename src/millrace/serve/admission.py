@@ -9,7 +9,7 @@ from millrace.core.types import Struct
 RETRY_AFTER_MAX_S = 30
 
 
-class Refusal(Struct, kw_only=True):
+class Refusal(Struct, frozen=True, kw_only=True):
     """Why a request may not wait: an HTTP status, a sentence, and when to come back."""
 
     status: int

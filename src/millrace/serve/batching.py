@@ -32,22 +32,20 @@ class Job:
     `done` is called once on the event loop, never for a cancelled job.
     """
 
-    __slots__ = ("done", "enqueued_ns", "error", "is_cancelled", "outputs", "owner", "rows", "tensors")
+    __slots__ = ("done", "enqueued_ns", "error", "is_cancelled", "is_done", "outputs", "rows", "tensors")
 
-    def __init__(
-        self, tensors: dict[str, np.ndarray], rows: int, done: Callable[[Job], None], owner: Any = None
-    ) -> None:
+    def __init__(self, tensors: dict[str, np.ndarray], rows: int, done: Callable[[Job], None]) -> None:
         self.tensors = tensors
         self.rows = rows
         self.done = done
-        self.owner = owner
         self.outputs: dict[str, np.ndarray] = {}
         self.error: Exception | None = None
         self.is_cancelled = False
+        self.is_done = False
         self.enqueued_ns = 0
 
 
-class Cost(Struct, kw_only=True):
+class Cost(Struct, frozen=True, kw_only=True):
     """How long a call takes: `base_s` + rows x `per_row_s`, measured.
 
     Example:
@@ -299,6 +297,7 @@ def _finish(batch: list[Job], calls: list[Call]) -> None:
     """On the loop: the answers first, then the statistics."""
     for job in batch:
         if not job.is_cancelled:
+            job.is_done = True
             job.done(job)
     for call in calls:
         call.observe(*call.arguments)

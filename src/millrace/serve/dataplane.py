@@ -17,7 +17,7 @@ from millrace.serve.metrics import Metrics
 from millrace.serve.telemetry import Collector
 
 
-class ModelInfo(Struct, kw_only=True):
+class ModelInfo(Struct, frozen=True, kw_only=True):
     """How the served model is called."""
 
     name: str
@@ -95,6 +95,12 @@ class DataPlane:
         job = Job(tensors, len(next(iter(tensors.values()))), finish)
         self.batcher.submit(job)
         return job
+
+    def cancel(self, job: Job, size_bytes: int) -> None:
+        """The client is gone: the job is skipped if no call has taken it yet; `done` is not called."""
+        if not job.is_cancelled and not job.is_done:
+            job.is_cancelled = True
+            self.admission.release(size_bytes)
 
     def _observe(
         self,

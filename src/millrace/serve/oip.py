@@ -14,6 +14,7 @@ import orjson
 from millrace.core.errors import InputError
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
+from millrace.serve.metrics import Metrics
 from millrace.serve.tensors import (
     DATATYPES,
     as_object,
@@ -40,7 +41,7 @@ class InferRequest:
         self.binary = binary
 
 
-class _FloatInput(Struct, kw_only=True):
+class _FloatInput(Struct, frozen=True, kw_only=True):
     name: str
     shape: list[int]
     datatype: str
@@ -48,7 +49,7 @@ class _FloatInput(Struct, kw_only=True):
     parameters: dict[str, Any] | None = None
 
 
-class _FloatRequest(Struct, kw_only=True):
+class _FloatRequest(Struct, frozen=True, kw_only=True):
     inputs: list[_FloatInput]
     id: str = ""
     outputs: list[Any] | None = None
@@ -307,3 +308,46 @@ def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, A
         "output": described(signature.outputs),
         "dynamic_batching": {"max_queue_delay_microseconds": 0},
     }
+
+
+def statistics(name: str, version: str, metrics: Metrics) -> dict[str, Any]:
+    """`GET /v2/models/{name}/stats`, in Triton's form; times in nanoseconds.
+
+    Example:
+        >>> statistics("m", "1", Metrics())["model_stats"][0]["inference_count"]
+        0
+    """
+    answered = metrics.latency.total - metrics.failures
+
+    def duration(count: int, ns: int) -> dict[str, int]:
+        return {"count": count, "ns": ns}
+
+    nothing = duration(0, 0)
+    batches = [
+        {
+            "batch_size": rows,
+            "compute_input": nothing,
+            "compute_infer": duration(calls, metrics.batch_ns[rows]),
+            "compute_output": nothing,
+        }
+        for rows, calls in sorted(metrics.batches.items())
+    ]
+    model = {
+        "name": name,
+        "version": version,
+        "last_inference": metrics.last_inference_ms,
+        "inference_count": metrics.rows,
+        "execution_count": metrics.calls,
+        "inference_stats": {
+            "success": duration(answered, int(metrics.latency.sum * 1e9)),
+            "fail": duration(metrics.failures, 0),
+            "queue": duration(answered, metrics.queue_ns),
+            "compute_input": nothing,
+            "compute_infer": duration(metrics.calls, metrics.model_ns),
+            "compute_output": nothing,
+            "cache_hit": nothing,
+            "cache_miss": nothing,
+        },
+        "batch_stats": batches,
+    }
+    return {"model_stats": [model]}

@@ -22,7 +22,7 @@ BUFFER_ROWS = 512  # rows counted at once: counting one at a time costs 30 times
 _FLUSH_LIMIT_S = 2.0
 
 
-class TelemetryFrame(Struct, kw_only=True):
+class TelemetryFrame(Struct, frozen=True, kw_only=True):
     """What was served since the frame before: add frames up to get a window.
 
     `histograms` is `Histograms.to_dict()`; None when no row was answered. `counters` are differences.

@@ -265,7 +265,7 @@ def wilson(right: int, rows: int, confidence: float = 0.95) -> tuple[float, floa
     Example:
         >>> low, high = wilson(594, 600)
         >>> round(low, 4), round(high, 4)
-        (0.9783, 0.9954)
+        (0.9784, 0.9954)
     """
     if rows == 0:
         return 0.0, 1.0

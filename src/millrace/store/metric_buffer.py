@@ -88,15 +88,14 @@ class MetricBuffer:
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_EVERY_S):
-            if self._rows:
-                try:
-                    self._flush_now()
-                except MillraceError as error:
-                    if self._failure is None:
-                        log.warning("metric points wait in memory: %s", error.message)
-                    self._failure = error
-                else:
-                    self._failure = None
+            try:
+                self._flush_now()  # does nothing when nothing waits, as after a transaction that took it along
+            except MillraceError as error:
+                if self._failure is None:
+                    log.warning("metric points wait in memory: %s", error.message)
+                self._failure = error
+            else:
+                self._failure = None
 
     def _row(self, point: MetricPoint) -> Row:
         """The row of a point, with plain numbers: a bad point must fail here, not in the flush of all."""

@@ -1,0 +1,60 @@
+"""The model card: what a version is, with its numbers and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def render_card(facts: Mapping[str, Mapping[str, Any]], project: str) -> str:
+    """MODEL_CARD.md from the facts of a run's steps.
+
+    Args:
+        facts: By stage: data, train, evaluate, compress, register; missing ones are left out.
+        project: The project's name.
+    """
+    register = facts.get("register", {})
+    parts = [f"# {register.get('model', project)}\n"]
+    for section, write in (("data", _data), ("train", _train), ("evaluate", _evaluate), ("compress", _compress)):
+        if facts.get(section):
+            parts.append(write(facts[section]))
+    gate = register.get("gate", {})
+    if gate:
+        parts.append(f"## Promotion\n\n{gate.get('verdict')}: {gate.get('explanation')}\n")
+    parts.append(
+        "## Limits\n\nThe figures hold for rows like the held-out ones above. Guarantees bound the loss of a variant "
+        "against its base on such rows, not the base's own mistakes. Drift alerts say when rows stop being like them.\n"
+    )
+    return "\n".join(parts)
+
+
+def _data(facts: Mapping[str, Any]) -> str:
+    split = ", ".join(f"{name} {rows}" for name, rows in (facts.get("split") or {}).items())
+    return f"## Data\n\n{facts.get('task')} of `{facts.get('label')}`; {facts.get('rows_kept')} rows: {split}.\n"
+
+
+def _train(facts: Mapping[str, Any]) -> str:
+    size = f", {facts['parameters']} parameters" if facts.get("parameters") else ""
+    return f"## Training\n\n{facts.get('model')} ({facts.get('framework')}{size}, {facts.get('precision')}).\n"
+
+
+def _evaluate(facts: Mapping[str, Any]) -> str:
+    lines = ["## Held-out figures\n", f"{facts.get('rows')} rows.\n", "| metric | value | interval |", "|---|---|---|"]
+    for metric in facts.get("metrics", []):
+        lines.append(f"| {metric['name']} | {metric['value']:.4g} | {metric['low']:.4g} to {metric['high']:.4g} |")
+    if facts.get("slices"):
+        lines.extend(["", "| slice | rows | score | interval |", "|---|---|---|---|"])
+        for one in facts["slices"]:
+            interval = f"{one['low']:.4g} to {one['high']:.4g}"
+            lines.append(f"| {one['column']} = {one['value']} | {one['rows']} | {one['score']:.4g} | {interval} |")
+    return "\n".join(lines) + "\n"
+
+
+def _compress(facts: Mapping[str, Any]) -> str:
+    lines = ["## Variants\n", "| variant | size | verdict | loses at most |", "|---|---|---|---|"]
+    for variant in facts.get("variants", []):
+        guarantee = variant.get("guarantee") or {}
+        bound = guarantee.get("bound")
+        shown = "-" if bound is None else f"{bound * 100:.2f} %"
+        lines.append(f"| {variant['name']} | {variant['size_bytes']} | {guarantee.get('status', 'base')} | {shown} |")
+    return "\n".join(lines) + f"\n\n{facts.get('why', '')}\n"

@@ -1,0 +1,466 @@
+"""HTTP/1.1 on a uvloop protocol with httptools: limits, order of answers, nothing about models."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from email.utils import formatdate
+from http import HTTPStatus
+
+import httptools
+import orjson
+
+from millrace.core.types import Struct
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
+JSON_TYPE = b"application/json"
+_LINGER_S = 2.0
+_log = logging.getLogger(__name__)
+_SINGLE_HEADERS = frozenset({b"host", b"content-length", b"content-encoding", b"inference-header-content-length"})
+
+
+class HttpLimits(Struct, frozen=True, kw_only=True):
+    """What one connection may cost.
+
+    A message must be complete `body_timeout_s` after it began, its head after `head_timeout_s`.
+    """
+
+    max_head_bytes: int = 16 << 10
+    max_body_bytes: int = 64 << 20
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    idle_timeout_s: float = 75.0
+    max_pipelined: int = 64
+
+
+class Exchange:
+    """One request and the place of its answer: the handler calls `reply` once, now or later."""
+
+    __slots__ = (
+        "body",
+        "connection",
+        "headers",
+        "is_answered",
+        "keep_alive",
+        "method",
+        "on_abort",
+        "response",
+        "target",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        keep_alive: bool,
+    ) -> None:
+        self.connection = connection
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.response: bytes | None = None
+        self.on_abort: Callable[[], None] | None = None  # called when the client goes away first
+
+    def reply(self, status: int, body: bytes, content_type: bytes = JSON_TYPE, headers: bytes = b"") -> None:
+        """Answer; `headers` are whole lines, each with its CRLF."""
+        head = _head(status, content_type, len(body)) + headers
+        self.reply_raw(head, b"" if self.method == b"HEAD" else body)
+
+    def reply_json(self, status: int, value: object, headers: bytes = b"") -> None:
+        """Answer with a JSON document."""
+        self.reply(status, orjson.dumps(value), headers=headers)
+
+    def reply_error(self, status: int, message: str, headers: bytes = b"") -> None:
+        """Answer with the one shape of an error."""
+        self.reply_json(status, {"error": message}, headers)
+
+    def reply_raw(self, head: bytes, body: bytes) -> None:
+        """Answer with a rendered head (status line and headers, no empty line) and a body."""
+        connection = self.connection
+        service = connection.service
+        if self.keep_alive and not service.is_draining:
+            self.response = b"%s%s\r\n%s" % (head, service.date_line, body)
+        else:
+            self.keep_alive = False
+            self.response = b"%s%sConnection: close\r\n\r\n%s" % (head, service.date_line, body)
+        connection.send_answered()
+
+
+def _head(status: int, content_type: bytes, length: int) -> bytes:
+    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n" % (
+        status, HTTPStatus(status).phrase.encode(), content_type, length,
+    )  # fmt: skip
+
+
+class Service:
+    """What all connections of a server share. For the event loop's thread.
+
+    Args:
+        handler: Called with every well-formed request.
+        limits: See `HttpLimits`.
+        allowed_hosts: Host names that the server answers to, besides the loopback ones. Foreign names
+            are refused: a web page must not reach a loopback server by a name of its own.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[Exchange], None],
+        limits: HttpLimits | None = None,
+        allowed_hosts: frozenset[str] = frozenset(),
+    ) -> None:
+        self.handler = handler
+        self.limits = limits or HttpLimits()
+        self.allowed_hosts = LOOPBACK_HOSTS | {host.lower() for host in allowed_hosts}
+        self.connections: set[Connection] = set()
+        self.is_draining = False
+        self.refused: Callable[[int], None] = _ignore  # told of answers that no handler gave
+        self._known_hosts: dict[bytes, bool] = {}
+        self.date_line = b""
+        self.now_s = 0.0
+        self.tick()
+
+    def tick(self) -> None:
+        """Renew what is read often: the time, and the Date header."""
+        self.now_s = time.monotonic()
+        self.date_line = b"Date: %s\r\n" % formatdate(usegmt=True).encode()
+
+    def allows(self, host: bytes) -> bool:
+        """Whether a Host header (or the host of an Origin) names this server.
+
+        Example:
+            >>> service = Service(lambda exchange: None)
+            >>> service.allows(b"localhost:8080"), service.allows(b"[::1]:80"), service.allows(b"evil.example")
+            (True, True, False)
+        """
+        known = self._known_hosts.get(host)
+        if known is None:
+            known = host_name(host.decode("latin-1")) in self.allowed_hosts
+            if len(self._known_hosts) < 256:
+                self._known_hosts[host] = known
+        return known
+
+    def sweep(self) -> None:
+        """Close what takes too long; to be called several times per time-out."""
+        self.tick()
+        for connection in list(self.connections):
+            connection.check_time(self.now_s)
+
+    def sweep_interval_s(self) -> float:
+        """How often `sweep` is due."""
+        shortest = min(self.limits.head_timeout_s, self.limits.body_timeout_s, self.limits.idle_timeout_s)
+        return min(0.5, shortest / 4)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests begun and not yet answered, over all connections."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    def abort(self) -> None:
+        """Cut every connection."""
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+
+def host_name(host: str) -> str:
+    """The name in `name:port`, lower case.
+
+    Example:
+        >>> host_name("LocalHost:80"), host_name("[::1]:8080"), host_name("a:b:c")
+        ('localhost', '[::1]', 'a:b:c')
+    """
+    name, colon, port = host.rpartition(":")
+    if colon and port.isdigit() and (":" not in name or name.endswith("]")):
+        return name.lower()
+    return host.lower()
+
+
+def _ignore(_: int) -> None:
+    """Nobody counts."""
+
+
+class _Refused(Exception):
+    """Raised in a parser's callback to stop the parsing; never leaves this module."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class Connection(asyncio.Protocol):
+    """One client. Requests are handled as they are complete; answers leave in the order of requests."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.transport: asyncio.Transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Exchange] = deque()
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._chunks: list[bytes] = []
+        self._head_bytes = 0
+        self._header_bytes = 0
+        self._body_bytes = 0
+        self._in_message = False
+        self._in_head = True
+        self._keep_alive = True
+        self._began_s = 0.0  # when the message in progress began; 0: none
+        self._idle_since_s = service.now_s
+        self._is_closing = False  # nothing more is read
+        self._is_write_paused = False
+        self._is_read_paused = False
+        self._holds = 0
+
+    # ------------------------------------------------------------------ transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has come."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.service.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: what waits for it is told."""
+        self.service.connections.discard(self)
+        self._is_closing = True
+        for exchange in self._queue:
+            if exchange.response is None and exchange.on_abort is not None:
+                exchange.on_abort()
+        self._queue.clear()
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly: nothing more is read from it."""
+        self._is_write_paused = True
+        self._update_reading()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._is_write_paused = False
+        self._update_reading()
+
+    def hold(self) -> None:
+        """Read nothing from this client until `release`: a refusal is being held back."""
+        self._holds += 1
+        self._update_reading()
+
+    def release(self) -> None:
+        """The inverse of `hold`."""
+        self._holds -= 1
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        pause = self._is_write_paused or self._holds > 0 or len(self._queue) >= self.service.limits.max_pipelined
+        if pause != self._is_read_paused and not self.transport.is_closing():
+            self._is_read_paused = pause
+            (self.transport.pause_reading if pause else self.transport.resume_reading)()
+
+    def eof_received(self) -> bool:
+        """The client sends no more: keep the connection until its answers are out."""
+        if self._in_message and not self._is_closing:
+            self._refuse(400, "the request ends in the middle")
+        self._is_closing = True
+        return bool(self._queue)
+
+    # ------------------------------------------------------------------ reading
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; complete requests go to the handler from within."""
+        if self._is_closing:
+            return
+        was_in_head = self._in_message and self._in_head
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._close_after_last()  # what follows is not HTTP/1.1; the request itself was answered
+            return
+        except httptools.HttpParserError as error:
+            self._refuse_after(error)
+            return
+        if self._in_message:
+            if not self._began_s:
+                self._began_s = time.monotonic()
+            if self._in_head and was_in_head:
+                self._head_bytes += len(data)  # a header that does not end is kept inside the parser
+                if self._head_bytes > self.service.limits.max_head_bytes:
+                    self._refuse(431, self._head_too_large())
+                    return
+        if len(self._queue) >= self.service.limits.max_pipelined:
+            self._update_reading()
+
+    def on_message_begin(self) -> None:
+        """httptools: a request line begins."""
+        self._target = b""
+        self._headers = {}
+        self._chunks = []
+        self._body_bytes = 0
+        self._head_bytes = 0
+        self._header_bytes = 0
+        self._in_message = True
+        self._in_head = True
+
+    def on_url(self, url: bytes) -> None:
+        """httptools: (a part of) the target."""
+        self._target += url
+        if len(self._target) > self.service.limits.max_head_bytes:
+            raise _Refused(414, f"want a target of at most {self.service.limits.max_head_bytes} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools: one header."""
+        if not self._in_head:
+            return  # a trailer
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > self.service.limits.max_head_bytes:
+            raise _Refused(431, self._head_too_large())
+        name = name.lower()
+        if name in self._headers and name in _SINGLE_HEADERS:
+            raise _Refused(400, f"header {name.decode('latin-1')} is given twice")
+        self._headers[name] = value
+
+    def on_headers_complete(self) -> None:
+        """httptools: decide before the body is read."""
+        self._in_head = False
+        headers = self._headers
+        host = headers.get(b"host")
+        is_old = self._parser.get_http_version() == "1.0"
+        if host is None:
+            if not is_old:
+                raise _Refused(400, "header Host is missing")
+        elif not self.service.allows(host):
+            shown = host[:80].decode("latin-1")
+            raise _Refused(403, f"Host {shown!r} is not served here: want 127.0.0.1 or localhost")
+        origin = headers.get(b"origin")
+        if origin is not None and not self.service.allows(origin.partition(b"://")[2]):
+            raise _Refused(403, f"Origin {origin[:80].decode('latin-1')!r} may not call this server")
+        self._keep_alive = not is_old and self._parser.should_keep_alive()
+        length = headers.get(b"content-length")
+        if length is not None and int(length) > self.service.limits.max_body_bytes:
+            raise _Refused(413, self._too_large())
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not self._queue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _head_too_large(self) -> str:
+        return f"want a request head of at most {self.service.limits.max_head_bytes} bytes"
+
+    def _too_large(self) -> str:
+        return f"want a body of at most {self.service.limits.max_body_bytes} bytes"
+
+    def on_body(self, body: bytes) -> None:
+        """httptools: a part of the body."""
+        self._chunks.append(body)
+        self._body_bytes += len(body)
+        if self._body_bytes > self.service.limits.max_body_bytes:
+            raise _Refused(413, self._too_large())
+
+    def on_message_complete(self) -> None:
+        """httptools: hand the request over."""
+        self._in_message = False
+        self._began_s = 0.0
+        if self._is_closing:
+            return
+        chunks = self._chunks
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, body, self._keep_alive)
+        self._chunks = []
+        self._queue.append(exchange)
+        if not self._keep_alive:
+            self._is_closing = True
+        self.service.handler(exchange)
+
+    # ------------------------------------------------------------------ answering
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request has begun and is not answered."""
+        return bool(self._queue) or self._in_message
+
+    @property
+    def waiting(self) -> int:
+        """Requests of this connection that are not answered."""
+        return len(self._queue)
+
+    def send_answered(self) -> None:
+        """Write the answers whose turn it is."""
+        queue = self._queue
+        was_full = len(queue) >= self.service.limits.max_pipelined
+        while queue and (response := queue[0].response) is not None:
+            exchange = queue.popleft()
+            self.transport.write(response)
+            if not exchange.keep_alive:
+                self._finish()
+                return
+        if not queue:
+            self._idle_since_s = self.service.now_s
+            if self._is_closing:
+                self._finish()
+                return
+        if was_full:
+            self._update_reading()
+
+    def _finish(self) -> None:
+        """The last answer is written: close, after the client had a chance to read it."""
+        self._queue.clear()
+        self._in_message = False
+        self._is_closing = True
+        if self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            # closing with unread input would reset the connection and may destroy the answer
+            self.transport.write_eof()
+            self._is_read_paused = False
+            self.transport.resume_reading()
+            self._began_s = 0.0
+            self._idle_since_s = time.monotonic()
+        else:
+            self.transport.close()
+
+    def _close_after_last(self) -> None:
+        self._is_closing = True
+        if self._queue:
+            self._queue[-1].keep_alive = False
+        else:
+            self._finish()
+
+    def _refuse_after(self, error: httptools.HttpParserError) -> None:
+        cause = error.__context__
+        if isinstance(cause, _Refused):
+            self._refuse(cause.status, cause.message)
+        elif isinstance(error, httptools.HttpParserCallbackError):
+            _log.error("a request handler failed", exc_info=cause)  # our own bug: this client, not the server
+            self._refuse(500, "internal error; the server's log says more")
+        else:
+            self._refuse(400, f"malformed HTTP: {error}")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what cannot be parsed, after the answers before it, and close."""
+        self._is_closing = True
+        self._in_message = False
+        self._chunks = []
+        self.service.refused(status)
+        exchange = Exchange(self, b"", b"", {}, b"", False)
+        self._queue.append(exchange)
+        exchange.reply_error(status, message)
+
+    def check_time(self, now_s: float) -> None:
+        """Close or refuse what has taken too long."""
+        limits = self.service.limits
+        if self._is_closing:
+            if not self._queue and now_s - self._idle_since_s > _LINGER_S:
+                self.transport.abort()
+        elif self._in_message and self._began_s:
+            took_s = now_s - self._began_s
+            if self._in_head and took_s > limits.head_timeout_s:
+                self._refuse(408, f"want the request's head within {limits.head_timeout_s:g} s")
+            elif took_s > limits.body_timeout_s:
+                self._refuse(408, f"want the whole request within {limits.body_timeout_s:g} s")
+        elif not self._queue:
+            limit_s = 0.5 if self.service.is_draining else limits.idle_timeout_s
+            if now_s - self._idle_since_s > limit_s:
+                self.transport.close()

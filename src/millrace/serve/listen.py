@@ -1,0 +1,119 @@
+"""Binding the server's socket: loopback only, and who holds a port that is busy."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from millrace.core.errors import InputError, UnavailableError
+
+_LISTEN_STATE = "0A"
+BACKLOG = 1024
+
+
+def check_loopback(host: str) -> str:
+    """The address to bind for a host.
+
+    Raises:
+        InputError: It is not a loopback address.
+
+    Example:
+        >>> check_loopback("localhost")
+        '127.0.0.1'
+        >>> check_loopback("0.0.0.0")
+        Traceback (most recent call last):
+        millrace.core.errors.InputError: the server binds loopback addresses only, got host '0.0.0.0'
+    """
+    name = host.strip("[]")
+    if name == "localhost":
+        return "127.0.0.1"
+    try:
+        if ipaddress.ip_address(name).is_loopback:
+            return name
+    except ValueError:
+        pass  # a name: resolving it could give any address
+    raise InputError(
+        f"the server binds loopback addresses only, got host {host!r}",
+        hint="authentication comes later; until then use 127.0.0.1 (ssh -L, or a proxy of yours, reaches it)",
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        host: A loopback address or `localhost`.
+        port: 0 takes a free one.
+
+    Raises:
+        InputError: The host is not loopback, or the port may not be used.
+        UnavailableError: The port is busy; names who holds it where /proc tells.
+    """
+    address = check_loopback(host)
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise busy(port) from error
+        raise InputError(f"cannot listen on {address}:{port}: {error.strerror}", hint="choose another port") from error
+    return listener
+
+
+def busy(port: int) -> UnavailableError:
+    """The error for a port that somebody else holds."""
+    holder = holder_of(port)
+    by = f": process {holder[0]} holds it ({holder[1]})" if holder else ""
+    return UnavailableError(
+        f"port {port} is busy{by}",
+        hint="stop that process, or choose another port (--port 0 takes a free one)",
+        details={"port": port, "pid": holder[0] if holder else None},
+    )
+
+
+def holder_of(port: int) -> tuple[int, str] | None:
+    """Process id and command line of who listens on a port; None when unknown."""
+    inodes = set(_listening_inodes(port))
+    if not inodes:
+        return None
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and not inodes.isdisjoint(_socket_inodes(folder / "fd")):
+            return int(folder.name), _command(folder)
+    return None
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        if not table.is_file():
+            continue
+        for line in table.read_text(encoding="ascii", errors="replace").splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == _LISTEN_STATE and int(fields[1].rpartition(":")[2], 16) == port:
+                yield fields[9]
+
+
+def _socket_inodes(folder: Path) -> Iterator[str]:
+    try:
+        for link in folder.iterdir():
+            target = os.readlink(link)
+            if target.startswith("socket:["):
+                yield target[8:-1]
+    except OSError:
+        return  # not ours to look at, or gone meanwhile
+
+
+def _command(folder: Path) -> str:
+    try:
+        words = (folder / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return "unknown command"
+    command = b" ".join(words).decode("utf-8", "replace").strip()
+    return command if len(command) <= 100 else command[:97] + "…"

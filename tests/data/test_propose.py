@@ -1,0 +1,67 @@
+"""The proposed spec: valid, short, and what `init --data` promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.core.errors import InputError
+from millrace.core.spec_source import parse_yaml
+from millrace.data.propose import project_name, propose, quote
+
+CHURN = "customer_id,age,plan,note,churned\n" + "".join(
+    f"7590-{i:04d},{i % 50 + 18},{'abc'[i % 3]},café {i % 5},{'Yes' if i % 4 else 'No'}\n" for i in range(200)
+)
+
+
+def test_churn(project):
+    file = project.write("My Churn.csv", CHURN)
+    text = propose(file, "churned", project.folder)
+    value = parse_yaml(text, "millrace.yaml").value
+    assert 11 <= len(text.splitlines()) <= 14
+    assert value["project"] == "my-churn"
+    assert value["data"]["source"] == "My Churn.csv"
+    assert value["data"]["ignore"] == ["customer_id"]
+    assert value["data"]["task"] == "classification"
+    assert "types" not in value["data"]
+    assert '2 classes: "No" 25 %, "Yes" 75 %' in text
+
+
+def test_what_is_proposed_runs(project):
+    file = project.write("t.csv", CHURN)
+    section = parse_yaml(propose(file, "churned", project.folder), "millrace.yaml").value["data"]
+    section["clean"] = ["drop_duplicates", {"drop_missing": {"columns": "churned"}}]
+    assert project.run(**section)[0]["rows_kept"] == 200
+
+
+def test_close_guesses_and_encodings_are_said(project):
+    text = CHURN.replace(",30,", ",thirty,", 1)
+    file = project.write("t.csv", text.encode("cp1252"))
+    value = parse_yaml(propose(file, "churned", project.folder), "millrace.yaml").value
+    assert value["data"]["encoding"] == "cp1252"
+    assert value["data"]["types"] == {"age": "number"}
+
+
+def test_wrong_label_and_wrong_file(project):
+    file = project.write("t.csv", CHURN)
+    with pytest.raises(InputError, match="no column 'Churn'") as caught:
+        propose(file, "Churn", project.folder)
+    assert "did you mean 'churned'" in caught.value.hint
+    with pytest.raises(InputError, match="does not exist"):
+        propose(project.folder / "other.csv", "y")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_quoted_names_come_back_from_yaml(text):
+    assert parse_yaml(f"a: {quote(text)}\n", "x.yaml").value == {"a": text}
+
+
+@given(st.text(max_size=30).filter(lambda name: "/" not in name and "\0" not in name and name not in ("", ".", "..")))
+def test_project_names_are_valid(name):
+    value = project_name(Path(name))
+    assert value
+    assert value[0].isalnum()
+    assert all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in value)
