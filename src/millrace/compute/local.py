@@ -270,7 +270,7 @@ class LocalHandle:
                 self._peak_bytes = max(self._peak_bytes, rss)
                 if rss > work.memory_limit_bytes:
                     self._verdict = StepMemoryError(
-                        f"step {work.name} used {rss / 1e6:.0f} MB; its limit is {work.memory_limit_bytes / 1e6:.0f} MB",
+                        f"step {work.name} used {rss // 10**6} MB; its limit is {work.memory_limit_bytes // 10**6} MB",
                         details=details,
                     )
             now = time.monotonic()

@@ -19,7 +19,7 @@ from millrace.formats.dataset import DatasetReader, open_dataset
 from millrace.formats.session import open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.train.graphs import Answer, parse
-from millrace.train.model_file import EXPECTED, GRAPH, ModelFile, read_model_file
+from millrace.train.model_file import EXPECTED, GRAPH, read_model_file
 
 TOLERANCE = 1e-4  # of a probability, or of the expected values' standard deviation
 CHUNK = 4096
@@ -164,6 +164,3 @@ def make_signature(reader: DatasetReader, answer: Answer) -> Signature:
         classes=manifest.classes,
         label_type=manifest.label_type,
     )
-
-
-__all__ = ["TOLERANCE", "Comparison", "ModelFile", "compare", "export", "make_signature"]

@@ -78,7 +78,8 @@ def core_graph(
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore", DeprecationWarning)  # classic is called legacy; it is wanted here
                 warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", UserWarning)  # of tracing; what matters is verified on real rows
+                warnings.simplefilter("ignore", UserWarning)
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # what was traced is verified on real rows
                 made = exporter(module, example), name
         except _FAILURES as error:
             causes.append(f"{name}: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}")

@@ -22,6 +22,7 @@ from millrace.formats.dataset import DatasetReader, Manifest
 from millrace.formats.feed import Feed
 from millrace.stats.metrics import METRICS, chosen_metrics, score
 from millrace.train.checkpoint import CheckpointStore
+from millrace.train.class_weights import class_weights
 from millrace.train.graphs import Answer, assemble
 from millrace.train.loop import Hooks, State, Trainer, Validation
 from millrace.train.model_file import WEIGHTS, ModelFile, write_graph, write_model_file
@@ -254,36 +255,6 @@ def make_loss(
         return criterion(output, answers)
 
     return loss
-
-
-def class_weights(wanted: str | dict[str, float] | None, classes: list[str], labels: np.ndarray) -> np.ndarray | None:
-    """A weight for each class.
-
-    Args:
-        wanted: The spec's `class_weights`.
-        classes: In the order of the outputs.
-        labels: Class indices of the training rows.
-
-    Returns:
-        float32 [classes], or None: all are equal.
-
-    Raises:
-        InputError: A named class does not exist.
-
-    Example:
-        >>> class_weights("balanced", ["a", "b"], np.array([0, 0, 0, 1])).tolist()
-        [0.6666666865348816, 2.0]
-    """
-    if wanted is None:
-        return None
-    if wanted == "balanced":
-        counts = np.bincount(labels.astype(np.int64), minlength=len(classes))
-        return (len(labels) / (len(classes) * np.maximum(counts, 1))).astype(np.float32)
-    assert isinstance(wanted, dict)
-    unknown = sorted(set(wanted) - set(classes))
-    if unknown:
-        raise InputError(f"train.class_weights: there is no class {unknown[0]!r}; the classes are {', '.join(classes)}")
-    return np.array([wanted.get(name, 1.0) for name in classes], dtype=np.float32)
 
 
 def _validator(

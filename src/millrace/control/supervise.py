@@ -1,0 +1,181 @@
+"""The parent of a served model: restarts it, turns its telemetry into windows, signals and alerts."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from millrace.control.models import open_version
+from millrace.control.services import Services
+from millrace.core.errors import StageError
+from millrace.core.ids import new_id
+from millrace.core.operations.live import ServeEvent, ServeRequest
+from millrace.core.spec import Monitor, Serve
+from millrace.core.types import Alert, Endpoint, ModelVersion
+from millrace.formats.bundle import open_bundle
+from millrace.monitor.alerts import DRIFT, decide_alert
+from millrace.monitor.signals import window_of
+from millrace.monitor.windows import WindowBuilder
+from millrace.serve.child import ChildConfig
+from millrace.serve.process import ServerProcess
+from millrace.serve.server import ServerConfig
+from millrace.serve.telemetry import TelemetryFrame
+from millrace.stats.histogram import Histograms
+
+POLL_S = 0.25
+MAX_CRASHES = 5
+CRASH_WINDOW_S = 60.0
+BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 4.0)
+
+
+class Supervisor:
+    """One endpoint in this process: a child that serves, and what its telemetry means."""
+
+    def __init__(
+        self, services: Services, version: ModelVersion, body: ServeRequest, serve: Serve, monitor: Monitor
+    ) -> None:
+        self._services, self._version, self._monitor = services, version, monitor
+        self._variant = body.variant or (version.chosen_variant if serve.variant == "chosen" else serve.variant)
+        self._folder = open_version(services, version)
+        bundle = open_bundle(self._folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
+        bundle.model_path(self._variant)
+        self._reference = bundle.reference
+        self._config = ChildConfig(
+            bundle_dir=str(self._folder),
+            digest=version.bundle.digest,
+            threads=body.threads or serve.threads,
+            server=ServerConfig(
+                name=version.name, version=str(version.number), variant=self._variant, host=body.host,
+                port=serve.port if body.port is None else body.port, max_batch=serve.max_batch, queue=serve.queue,
+                reference=self._reference or None,
+            ),
+        )  # fmt: skip
+        self._frames: queue.Queue[TelemetryFrame] = queue.Queue()
+        self._windows = WindowBuilder(self._reference, monitor.window_rows, services.clock)
+        self._crashes: list[float] = []
+        self._quiet = 0
+        self._child: ServerProcess | None = None
+
+    def run(self) -> Iterator[ServeEvent]:
+        """Events until Ctrl-C; the child drains before this returns."""
+        try:
+            yield self._start()
+            while True:
+                yield from self._turn()
+        except KeyboardInterrupt:
+            yield ServeEvent(kind="stopping", text="draining: no new requests, those in flight are answered")
+        finally:
+            self._stop()
+        yield from self._drain_frames()
+        yield ServeEvent(kind="stopped", text="every request was answered")
+
+    def _start(self) -> ServeEvent:
+        child = ServerProcess(self._config, self._frames.put)
+        self._child = child
+        port = child.wait_ready()
+        # A restart comes back at the same address.
+        server = msgspec.structs.replace(self._config.server, port=port)
+        self._config = msgspec.structs.replace(self._config, server=server)
+        url = f"http://{server.host}:{port}"
+        self._write_endpoint("ready", url, child.pid)
+        name = f"{self._version.name} v{self._version.number} ({self._variant})"
+        return ServeEvent(
+            kind="ready", text=f"{name} on {url}", url=url, facts={"model": self._version.name, "pid": child.pid}
+        )
+
+    def _write_endpoint(self, state: str, url: str | None, pid: int | None) -> None:
+        name = self._version.name
+        with self._services.records.transaction() as transaction:
+            old = transaction.get(Endpoint, name)
+            created_at = old.created_at if old else self._services.clock.now()
+            endpoint = Endpoint(
+                id=name, created_at=created_at, version=old.version if old else 0, name=name, model=name,
+                number=self._version.number, variant=self._variant, state=state, url=url, pid=pid,
+                alias=old.alias if old else None, facts=old.facts if old else {},
+            )  # fmt: skip
+            transaction.put(endpoint)
+
+    def _turn(self) -> Iterator[ServeEvent]:
+        """One poll: a frame, an old window, a dead child."""
+        try:
+            frame = self._frames.get(timeout=POLL_S)
+        except queue.Empty:
+            window = self._windows.tick()
+            if window is not None:
+                yield from self._judge(window)
+        else:
+            yield from self._take(frame)
+        child = self._child
+        if child is not None and child.exit_code is not None:
+            yield self._restart(child.exit_code)
+
+    def _take(self, frame: TelemetryFrame) -> Iterator[ServeEvent]:
+        if frame.histograms is not None and self._reference and self._monitor.enabled:
+            window = self._windows.add(frame.histograms)
+            if window is not None:
+                yield from self._judge(window)
+
+    def _drain_frames(self) -> Iterator[ServeEvent]:
+        while not self._frames.empty():
+            yield from self._take(self._frames.get())
+
+    def _judge(self, window: Histograms) -> Iterator[ServeEvent]:
+        at = time.strftime("%H:%M:%S", time.localtime(self._services.clock.now()))
+        judged = window_of(at, self._reference, window, float(self._monitor.false_alarms))
+        self._quiet = 0 if judged.is_alert else self._quiet + 1
+        name = self._version.name
+        fresh = Alert(
+            id=new_id(), created_at=self._services.clock.now(), endpoint=name, model=name,
+            number=self._version.number, signal=DRIFT, score=0.0, threshold=0.0,
+        )  # fmt: skip
+        with self._services.records.transaction() as transaction:
+            found = transaction.find(Alert, {"endpoint": name, "state": "open"})
+            old = next((alert for alert in found if alert.signal == DRIFT), None)
+            changed = decide_alert(judged, old, fresh, self._quiet)
+            if changed is not None:
+                transaction.put(changed)
+        if changed is not None and (old is None or changed.state != old.state):
+            text = f"{changed.title} ({changed.score:.2f} > {changed.threshold:.2f}, {judged.rows} rows)"
+            if changed.state == "resolved":
+                text = f"{changed.endpoint}: quiet again"
+            facts: dict[str, Any] = {"alert": changed.id, "state": changed.state}
+            yield ServeEvent(kind="alert", text=text, facts=facts)
+
+    def _restart(self, code: int) -> ServeEvent:
+        """Start the child again, later each time.
+
+        Raises:
+            StageError: It has died too often: something is wrong that a restart does not mend.
+        """
+        now = self._services.clock.monotonic()
+        self._crashes = [at for at in self._crashes if now - at < CRASH_WINDOW_S] + [now]
+        if len(self._crashes) > MAX_CRASHES:
+            raise StageError(f"the server died {len(self._crashes)} times within a minute, last with code {code}")
+        if self._child is not None:
+            self._child.wait()
+        self._services.clock.sleep(BACKOFF_S[len(self._crashes) - 1])
+        started = self._start()
+        return ServeEvent(kind="restart", text=f"the server died with code {code}; {started.text}", url=started.url)
+
+    def _stop(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop()
+        self._write_endpoint("stopped", None, None)
+
+
+def supervise(
+    services: Services, version: ModelVersion, body: ServeRequest, serve: Serve, monitor: Monitor
+) -> Iterator[ServeEvent]:
+    """Serve a version until Ctrl-C.
+
+    Raises:
+        UnavailableError: The port is busy; says who holds it.
+        CorruptError: The bundle is not what was signed.
+        UntrustedError: No trusted key signed it.
+    """
+    return Supervisor(services, version, body, serve, monitor).run()
