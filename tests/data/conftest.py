@@ -86,9 +86,12 @@ class Project:
         return path
 
     def run(self, **section: Any) -> tuple[dict[str, Any], DatasetReader]:
+        return self.run_spec(Spec(data=data_section({"source": "t.csv", "label": "y", **section})))
+
+    def run_spec(self, spec: Spec) -> tuple[dict[str, Any], DatasetReader]:
         self.count += 1
         context = FolderContext(self.folder, self.folder / f".work{self.count}")
-        facts = prepare(Spec(data=data_section({"source": "t.csv", "label": "y", **section})), context)
+        facts = prepare(spec, context)
         assert facts["rows_in"] == facts["rows_kept"] + facts["rejected"]
         assert facts["rejected"] == sum(facts["rejected_by_reason"].values())
         assert facts["rows_kept"] == sum(facts["split"].values())

@@ -14,7 +14,8 @@ import torch
 from sklearn.datasets import load_digits
 
 import millrace
-from millrace.core.spec_source import parse_yaml
+from millrace.core.spec import Split
+from millrace.core.spec_errors import parse_spec
 from millrace.data.digits import write_digits_csv
 
 TEMPLATE = Path(millrace.__file__).parent / "templates" / "digits"
@@ -93,11 +94,18 @@ def template_network(seed: int) -> torch.nn.Module:
     return module.build(SimpleNamespace(image_shape=(1, 8, 8), classes=10, features=64))
 
 
-def test_template_spec_is_the_published_example():
-    value = parse_yaml((TEMPLATE / "millrace.yaml").read_text(), "millrace.yaml").value
-    assert value["data"]["split"] == SECTION["split"]
-    assert value["train"]["optimizer"] == {"name": "adamw", "lr": 0.002}
-    assert list(value) == ["project", "data", "train", "evaluate", "compress", "register", "serve", "monitor"]
+def test_template_spec_says_what_the_tests_here_run():
+    spec = parse_spec((TEMPLATE / "millrace.yaml").read_text())
+    assert spec.data is not None
+    assert spec.data.split == Split(test=600, validation=150, stratify=True)
+    assert [rule.chosen()[0] for rule in spec.data.clean] == ["drop_duplicates", "drop_missing", "range"]
+    assert (spec.train.optimizer.lr, spec.train.epochs, spec.train.schedule) == (0.002, 8, "one_cycle")
+
+
+def test_template_spec_gives_the_promised_facts(digits):
+    facts, _ = digits.run_spec(parse_spec((TEMPLATE / "millrace.yaml").read_text()))
+    assert facts["rejected_by_reason"] == {"duplicate": 25, "unlabelled": 9, "range": 9}
+    assert facts["split"] == {"train": 1047, "validation": 150, "test": 600}
 
 
 def test_template_network_has_its_shape_and_size():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.core.errors import InputError
+from millrace.core.spec_errors import parse_spec
 from millrace.core.spec_source import parse_yaml
 from millrace.data.propose import project_name, propose, quote
 
@@ -30,11 +31,11 @@ def test_churn(project):
     assert '2 classes: "No" 25 %, "Yes" 75 %' in text
 
 
-def test_what_is_proposed_runs(project):
+def test_what_is_proposed_is_a_spec_that_runs(project):
     file = project.write("t.csv", CHURN)
-    section = parse_yaml(propose(file, "churned", project.folder), "millrace.yaml").value["data"]
-    section["clean"] = ["drop_duplicates", {"drop_missing": {"columns": "churned"}}]
-    assert project.run(**section)[0]["rows_kept"] == 200
+    facts, reader = project.run_spec(parse_spec(propose(file, "churned", project.folder)))
+    assert facts["rows_kept"] == 200
+    assert reader.manifest.features("number", "category") == ["age", "plan", "note"]
 
 
 def test_close_guesses_and_encodings_are_said(project):

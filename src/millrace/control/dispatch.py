@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,6 @@ from millrace.core.operations.table import OPERATIONS
 from millrace.core.spec_errors import decode_hook
 from millrace.core.types import Event
 
-log = logging.getLogger(__name__)
 Handler = Callable[[Services, Any], Any]
 _HANDLERS: dict[str, Handler] = {}
 
@@ -72,7 +71,12 @@ class Dispatcher:
         """Run one streaming operation; its answers as they come."""
         chosen, request = self._admit(operation, body)
         answers: Iterable[Any] = self._run(chosen, request)
-        yield from answers
+        try:
+            yield from answers
+        except MillraceError:
+            raise
+        except Exception as error:
+            raise self._internal(chosen, error) from error
 
     def close(self) -> None:
         """Seal what was appended and let go of the home."""
@@ -93,8 +97,19 @@ class Dispatcher:
         except MillraceError as error:
             self._audit(operation, request, error.code)
             raise
+        except Exception as error:
+            raise self._internal(operation, error) from error
         self._audit(operation, request, "ok")
         return answer
+
+    def _internal(self, operation: Operation, error: Exception) -> MillraceError:
+        """Keep the traceback in a file; people get one line and where it is."""
+        path = self._services.home / "logs" / "internal.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{operation.name}\n{''.join(traceback.format_exception(error))}\n")
+        text = f"{operation.name} failed in a way that it should not: {type(error).__name__}: {error}"
+        return MillraceError(text, details={"log": str(path)})
 
     def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
         """Writes and denials are events; reads are not."""

@@ -29,7 +29,7 @@ from millrace.core.operations import runs as ops
 from millrace.core.spec_errors import load_spec, parse_spec
 from millrace.core.states import RUN_END_STATES
 from millrace.core.types import Artifact, Lease, MetricPoint, Run, Step
-from millrace.store.leases import holder_is_dead
+from millrace.store.leases import holder_is_dead, host_id
 
 REPORT_NAME = "report.html"
 
@@ -60,7 +60,8 @@ def live_lease(services: Services, run: Run) -> Lease | None:
     lease = services.records.get(Lease, f"run/{run.id}")
     if lease is None or not lease.held or holder_is_dead(lease):
         return None
-    return lease if lease.expires_at > services.clock.now() else None
+    # On this host a process that is not proven dead lives, even if it is suspended; elsewhere time decides.
+    return lease if lease.boot_id == host_id() or lease.expires_at > services.clock.now() else None
 
 
 @handles(ops.PLAN_RUN)

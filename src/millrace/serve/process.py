@@ -86,13 +86,13 @@ class ServerProcess:
             is_late = not timer.is_alive()
             timer.cancel()
         if not line:
-            code = self._process.wait()
+            code = self.wait()
             if is_late:
                 raise UnavailableError(f"the server was not ready within {timeout_s:g} s")
             raise StageError(f"the server ended with code {code} before it was ready", hint="its log is above")
         message = msgspec.json.decode(line)
         if not message.get("ready"):
-            self._process.wait()
+            self.wait()
             raise from_dict(message["error"])
         self.port = message["port"]
         return self.port

@@ -95,10 +95,14 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
         CorruptError: The model failed its self-test.
     """
     listener = bind(config.host, config.port)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+    async def serve() -> int:
+        return await _Server(config, runtime, signature, telemetry_fd).run(listener)
+
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runtime.is_ready:
             runtime.load()
-        return runner.run(_Server(config, runtime, signature, telemetry_fd).run(listener))
+        return runner.run(serve())
 
 
 class _Server:

@@ -18,7 +18,8 @@ from millrace.stats.histogram import Histograms, Layout
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 64 << 20
-BUFFER_ROWS = 512  # rows counted at once: counting one at a time costs 30 times as much
+BUFFER_ROWS = 2048  # counted at once: 1.2 us a row, against 600 us for one row by itself
+BUFFER_BYTES = 4 << 20
 _FLUSH_LIMIT_S = 2.0
 
 
@@ -48,19 +49,21 @@ class Collector:
         self._tensors: list[Mapping[str, np.ndarray]] = []
         self._outputs: list[Mapping[str, np.ndarray]] = []
         self._buffered = 0
+        self._buffered_bytes = 0
 
     def add(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Count a call's rows, now or a little later."""
         self._tensors.append(tensors)
         self._outputs.append(outputs)
         self._buffered += len(next(iter(tensors.values())))
-        if self._buffered >= BUFFER_ROWS:
+        self._buffered_bytes += sum(values.nbytes for values in tensors.values())
+        if self._buffered >= BUFFER_ROWS or self._buffered_bytes >= BUFFER_BYTES:
             self._fold()
 
     def _fold(self) -> None:
         if self._buffered:
             self._histograms.add(_joined(self._tensors), _joined(self._outputs))
-            self._tensors, self._outputs, self._buffered = [], [], 0
+            self._tensors, self._outputs, self._buffered, self._buffered_bytes = [], [], 0, 0
 
     def take(self) -> Histograms:
         """The histograms since the last `take`; counting starts anew."""

@@ -35,11 +35,11 @@ def fold_numbers(answers: np.ndarray, folds: int, seed: int, is_stratified: bool
 
 
 def evaluate_fit(fitted: Fitted, table: Table, features: np.ndarray, answers: np.ndarray, metric: str) -> float:
-    """A fitted model's score on other rows of the same table."""
+    """A fitted model's score on other rows of the same table, in the label's unit."""
     found = fitted.predict(features)
     if table.task == "classification":
         return score(metric, answers, found.argmax(axis=1), found)
-    return score(metric, answers, found)
+    return score(metric, answers * table.unit, found * table.unit)
 
 
 def choose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,10 @@ def _slices(reader: DatasetReader, column: str, found: Predictions, metric: str,
     names = [schema.name for schema in reader.manifest.columns]
     if column not in names:
         raise InputError(f"evaluate.slices: there is no column {column!r}", hint=f"want one of {', '.join(names[:30])}")
-    table = reader.table("test", None)
-    if column not in table.column_names:
+    if column in reader.manifest.image_columns:
         raise InputError(f"evaluate.slices: column {column!r} is part of an image", hint="name another column")
     facts = []
-    for value, rows in _groups(table.column(column).to_pylist()):
+    for value, rows in _groups(reader.table("test", [column]).column(column).to_pylist()):
         part = found.part(rows)
         low, high = interval(metric, part.expected, part.answers, part.probabilities, wanted.confidence)
         value_of = score(metric, part.expected, part.answers, part.probabilities)
@@ -155,13 +155,13 @@ def _groups(values: list[Any]) -> list[tuple[str, np.ndarray]]:
     is_number = bool(present) and all(isinstance(value, int | float) for value in present)
     if is_number and len(distinct) > _VALUES:
         edges = np.quantile(np.array(present, float), [0.25, 0.5, 0.75])
-        names = [f"< {edges[0]:.4g}", *(f"{a:.4g} to {b:.4g}" for a, b in zip(edges, edges[1:], strict=False))]
+        names = [f"< {edges[0]:.4g}", *(f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges))]
         names.append(f">= {edges[2]:.4g}")
         keys = [None if value is None else names[int(np.searchsorted(edges, value, "right"))] for value in values]
         order: list[Any] = [*names, None]
     else:
         keys = values
-        order = sorted(distinct, key=lambda value: (not isinstance(value, int | float), value)) + [None]
+        order = [*sorted(distinct), None]
     places: dict[Any, list[int]] = {}
     for row, key in enumerate(keys):
         places.setdefault(key, []).append(row)
@@ -204,11 +204,11 @@ def _mistakes(reader: DatasetReader, found: Predictions) -> list[Mistake]:
     ]
 
 
-def _baseline(reader: DatasetReader, found: Predictions, metric: str, task: Task) -> float:
+def _baseline(reader: DatasetReader, found: Predictions, metric: str, task: Task) -> float | None:
     """The deciding metric of always answering as the training rows do: the commonest class, or the mean."""
     labels = reader.labels("train")
     if len(labels) == 0:
-        return float("nan")
+        return None
     if task == "regression":
         answers = np.full(len(found.expected), labels.mean(dtype=np.float64))
         return score(metric, found.expected, answers)

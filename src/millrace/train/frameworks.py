@@ -26,12 +26,16 @@ _CURVE_POINTS = 50
 
 @dataclass(frozen=True)
 class Table:
-    """Rows to learn from. `answers` are indices into `present` (the classes with training rows), or values."""
+    """Rows to learn from. `answers` are indices into `present` (the classes with training rows), or values.
+
+    Values are in `unit`s of the label: answers · unit = label − its mean.
+    """
 
     features: np.ndarray  # float32 [rows, features]
     answers: np.ndarray
     task: Task
     present: list[int] = field(default_factory=list)
+    unit: float = 1.0
     weights: np.ndarray | None = None
     validation_features: np.ndarray | None = None
     validation_answers: np.ndarray | None = None

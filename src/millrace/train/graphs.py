@@ -176,7 +176,8 @@ def _strip(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         for attribute in node.attribute:
             attribute.doc_string = ""
-            for inner in [attribute.g, *attribute.graphs]:
+            # touching an absent graph would make it present, and the attribute invalid
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
                 _strip(inner)
 
 

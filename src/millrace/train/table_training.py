@@ -112,6 +112,7 @@ def make_table(
         answers=labels,
         task=manifest.task,
         present=list(answer.present),
+        unit=answer.sd,
         weights=weights,
         validation_features=held_out,
         validation_answers=held_labels if held_out is not None else None,

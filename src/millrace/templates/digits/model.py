@@ -41,7 +41,7 @@ def build(ctx) -> nn.Module:
         nn.MaxPool2d(2),
         convolution(64, 64),
         nn.Flatten(),
-        nn.Dropout(0.3),
+        nn.Dropout(0.5),
         nn.Linear(64 * (height // 2) * (width // 2), 88),
         nn.ReLU(),
         nn.Linear(88, ctx.classes),

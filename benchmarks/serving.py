@@ -1,0 +1,211 @@
+"""Requests per second and latency of the data plane against FastAPI, same model, same run, interleaved.
+
+Run: `python benchmarks/serving.py [--model FILE] [--seconds 4] [--rounds 3]`. Needs `wrk`.
+Without --model a dense net (64-128-64-10) stands for a small model; `millrace models export digits --to DIR`
+gives the digits model. Both servers have one process and one inference thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from millrace.formats.bundle import BundleContents, write_bundle
+from millrace.formats.session import open_session
+from millrace.formats.signature import Signature, TensorSpec
+from millrace.serve.child import ChildConfig
+from millrace.serve.process import ServerProcess
+from millrace.serve.server import ServerConfig
+from millrace.stats.drift import build_reference
+
+HERE = Path(__file__).resolve().parent
+PATH = "/v2/models/digits/infer"
+SIGNATURE = Signature(
+    task="classification",
+    inputs=[TensorSpec(name="pixels", dtype="float32", shape=[-1, 64], semantic="image", image=[8, 8, 1])],
+    outputs=[TensorSpec(name="probabilities", dtype="float32", shape=[-1, 10], semantic="probabilities")],
+    label="digit",
+    classes=[str(digit) for digit in range(10)],
+)
+
+
+def dense_model(path: Path) -> None:
+    """A small multilayer perceptron with random weights."""
+    rng = np.random.default_rng(0)
+    sizes = (64, 128, 64, 10)
+    nodes, weights, name = [], [], "pixels"
+    for layer, (rows, columns) in enumerate(itertools.pairwise(sizes)):
+        matrix = rng.normal(0, rows**-0.5 / 4, (rows, columns)).astype(np.float32)
+        weights.append(numpy_helper.from_array(matrix, f"w{layer}"))
+        weights.append(numpy_helper.from_array(np.zeros(columns, np.float32), f"b{layer}"))
+        nodes.append(helper.make_node("Gemm", [name, f"w{layer}", f"b{layer}"], [f"g{layer}"]))
+        name = f"g{layer}"
+        if layer < len(sizes) - 2:
+            nodes.append(helper.make_node("Relu", [name], [f"r{layer}"]))
+            name = f"r{layer}"
+    nodes.append(helper.make_node("Softmax", [name], ["probabilities"], axis=1))
+    inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["rows", 64])]
+    outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])]
+    graph = helper.make_graph(nodes, "dense", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def write_small_bundle(folder: Path, model: Path) -> Path:
+    """A bundle around the model, with a reference, so that the telemetry costs what it costs."""
+    pixels = np.random.default_rng(1).integers(0, 17, (600, 64)).astype(np.float32)
+    tensors = {"pixels": pixels}
+    outputs = open_session(model).run(tensors)
+    contents = BundleContents(
+        model=model, variants={}, signature=SIGNATURE, metrics=[], lineage={}, guarantees={},
+        reference=build_reference(tensors, outputs, SIGNATURE),
+        golden={"inputs": {"pixels": pixels[:16]}, "outputs": {name: value[:16] for name, value in outputs.items()}},
+    )  # fmt: skip
+    write_bundle(folder / "bundle", contents)
+    return folder / "bundle"
+
+
+def bodies(folder: Path) -> dict[str, dict[str, str]]:
+    """Environment for post.lua by format: the same row as JSON and binary."""
+    row = np.random.default_rng(2).integers(0, 17, (1, 64)).astype(np.float32)
+    tensor = {"name": "pixels", "shape": [1, 64], "datatype": "FP32"}
+    as_json = json.dumps({"inputs": [{**tensor, "data": row.reshape(-1).tolist()}]}).encode()
+    head = json.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": row.nbytes}}],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    rows = json.dumps({"instances": [{"pixels": row.reshape(-1).tolist()}]}).encode()
+    found = {}
+    for name, body in {"json": as_json, "binary": head + row.tobytes(), "rows": rows}.items():
+        (folder / name).write_bytes(body)
+        found[name] = {"BODY": str(folder / name)}
+    found["binary"]["JSON_BYTES"] = str(len(head))
+    return found
+
+
+def wrk(port: int, path: str, environment: dict[str, str], connections: int, seconds: float) -> dict[str, float]:
+    """One run of wrk: requests per second, p50 and p99 in seconds. Every answer must be a 200."""
+    command = [
+        "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", str(HERE / "post.lua"),
+        f"http://127.0.0.1:{port}{path}",
+    ]  # fmt: skip
+    text = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+    fields = next(line for line in text.splitlines() if line.startswith("RESULT")).split()
+    requests, duration_us, bad, p50_us, p99_us = map(int, fields[1:])
+    if bad or not requests:
+        raise SystemExit(f"{bad} of {requests} answers were not 200:\n{text}")
+    return {"rps": requests / duration_us * 1e6, "p50": p50_us / 1e6, "p99": p99_us / 1e6}
+
+
+@contextmanager
+def our_server(bundle: Path) -> Iterator[int]:
+    """Millrace, started the way `millrace serve` starts it."""
+    server = ServerConfig(name="digits", version="1", port=0)
+    process = ServerProcess(ChildConfig(bundle_dir=str(bundle), server=server))
+    try:
+        yield process.wait_ready()
+    finally:
+        process.stop()
+
+
+@contextmanager
+def fastapi_server(model: Path) -> Iterator[int]:
+    """The baseline in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, str(HERE / "baseline_fastapi.py"), str(model), str(port)])
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def raw_call_s(model: Path) -> float:
+    """Median of a bare onnxruntime call of one row."""
+    session = open_session(model)
+    row = {"pixels": np.zeros((1, 64), np.float32)}
+    took = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        session.raw.run(None, row)
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
+
+
+def measure(model: Path, seconds: float, rounds: int, folder: Path) -> dict[str, float]:
+    """Medians over interleaved rounds, by case."""
+    found: dict[str, list[float]] = {}
+    environments = bodies(folder)
+    with our_server(write_small_bundle(folder, model)) as ours, fastapi_server(model) as theirs:
+        cases = {
+            "ours binary": (ours, PATH, "binary"),
+            "theirs json": (theirs, PATH, "json"),
+            "ours json": (ours, PATH, "json"),
+            "ours rows": (ours, "/v1/models/digits:predict", "rows"),
+        }
+        for port, path, form in cases.values():
+            wrk(port, path, environments[form], 8, 0.5)  # warm-up
+        for _ in range(rounds):
+            found.setdefault("raw", []).append(raw_call_s(model))
+            for name, (port, path, form) in cases.items():
+                one = wrk(port, path, environments[form], 1, seconds / 2)
+                many = wrk(port, path, environments[form], 64, seconds)
+                found.setdefault(f"{name} p50 c=1", []).append(one["p50"])
+                found.setdefault(f"{name} rps c=64", []).append(many["rps"])
+                found.setdefault(f"{name} p99 c=64", []).append(many["p99"])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def main() -> None:
+    """Measure and print one line per figure, each with its baseline."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="an ONNX file: pixels [N, 64] to probabilities [N, 10]")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed: apt-get install wrk")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = arguments.model or folder / "dense.onnx"
+        if arguments.model is None:
+            dense_model(model)
+        result = measure(model, arguments.seconds, arguments.rounds, folder)
+    raw, theirs = result["raw"], result["theirs json rps c=64"]
+    print(
+        f"model: {arguments.model or 'dense 64-128-64-10'}; a raw onnxruntime call of one row takes {raw * 1e6:.0f} us"
+    )
+    print("case           p50 c=1   over raw    requests/s c=64   against FastAPI JSON   p99 c=64")
+    for case in ("ours binary", "ours json", "ours rows", "theirs json"):
+        p50, rps, p99 = (result[f"{case} {what}"] for what in ("p50 c=1", "rps c=64", "p99 c=64"))
+        latency = f"{p50 * 1e3:7.3f} ms {(p50 - raw) * 1e3:+7.3f} ms"
+        print(f"{case:<12} {latency} {rps:17,.0f}   {rps / theirs:19.1f}x {p99 * 1e3:9.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
