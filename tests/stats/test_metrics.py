@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics as sk
+
 from millrace.core.errors import InputError
 from millrace.stats.metrics import METRICS, chosen_metrics, confusion_matrix, interval, score, wilson
-from sklearn import metrics as sk
 
 
 def drawn(seed: int, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

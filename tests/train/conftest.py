@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+
 from millrace.core.errors import NotFoundError
 from millrace.core.ids import digest_bytes
 from millrace.core.spec import Spec
 from millrace.core.types import Artifact
 from millrace.core.units import Share
 from millrace.data.prepare import prepare
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 
 
 class FakeContext:
@@ -52,7 +53,9 @@ class FakeContext:
         place = self._outputs / f"{self._step}.{name}"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(path, place)
-        listing = sorted((str(file.relative_to(place)), file.read_bytes()) for file in place.rglob("*") if file.is_file())
+        listing = sorted(
+            (str(file.relative_to(place)), file.read_bytes()) for file in place.rglob("*") if file.is_file()
+        )
         return Artifact(digest=digest_bytes(repr(listing).encode()), size_bytes=0)
 
     def log_metric(self, name: str, value: float, step: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from millrace.core.errors import InputError, NotFoundError
 from millrace.train.code_digest import code_digests
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper
+
 from millrace.core.errors import DataError
 from millrace.formats.dataset import ColumnSchema, Manifest, tensors
 from millrace.formats.session import open_session
 from millrace.train.graphs import Answer, assemble, canonical, prefix_names
 from millrace.train.preprocess import MAX_CATEGORIES, Preprocess, plan_preprocess
-from onnx import TensorProto, helper
 
 
 def identity(width: list[int]) -> onnx.ModelProto:
@@ -96,9 +97,7 @@ def test_images_agree_bit_for_bit(shape: list[int], flat: bool) -> None:
 
 def test_an_image_is_standardised_by_all_its_pixels() -> None:
     columns = [column("p0", "image", mean=0.0, sd=1.0), column("p1", "image", mean=4.0, sd=1.0)]
-    manifest = Manifest(
-        columns=columns, task="regression", label="y", image=[1, 2], image_columns=["p0", "p1"]
-    )
+    manifest = Manifest(columns=columns, task="regression", label="y", image=[1, 2], image_columns=["p0", "p1"])
     plan = plan_preprocess(manifest, {})
     assert plan.mean == [2.0]
     assert plan.scale[0] == pytest.approx(1 / np.sqrt(5.0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from millrace.core.errors import InputError
 from millrace.core.extras import load
 from millrace.core.spec import Train

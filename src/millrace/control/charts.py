@@ -93,10 +93,10 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """A confusion matrix: expected down, predicted across; mistakes are coloured."""
     size = max(18, min(44, 480 // max(len(names), 1)))
     left = min(120, 8 * max(len(name) for name in names) + 16) if names else 20
-    top = 34
+    top = 40
     largest = max((count for row in counts for count in row), default=1) or 1
     wrong = max((count for i, row in enumerate(counts) for j, count in enumerate(row) if i != j), default=1) or 1
-    body = [_text(left, 12, "predicted →", kind="n"), _text(0, 12, "expected ↓", kind="n")]
+    body = [_text(0, 12, "expected down, predicted across", kind="n")]
     for i, row in enumerate(counts):
         body.append(_text(left - 8, top + size * i + size / 2 + 5, names[i][:14], anchor="end"))
         body.append(_text(left + size * i + size / 2, top - 5, names[i][:5], anchor="middle"))

@@ -20,7 +20,7 @@ from millrace.core.spec import Spec
 from millrace.core.types import Alias, Artifact, DatasetVersion, Endpoint, ModelVersion, Run, Step, Struct
 
 
-class Preparation(Struct, kw_only=True):
+class Preparation(Struct, frozen=True, kw_only=True):
     """More inputs, parameters and key parts for a step; `reuse` is an earlier step that still holds."""
 
     inputs: dict[str, Artifact] = {}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
 from millrace.core.facts import GateFacts, Task
 from millrace.core.spec import Register
 from millrace.stats.paired import PairedVerdict, noninferior, noninferior_errors
+
+Verdict = Literal["first", "promoted", "kept", "undecided", "same"]
 
 
 def judge_challenger(
@@ -53,7 +56,7 @@ def judge_challenger(
     )  # fmt: skip
 
 
-def _decide(rule: Register, paired: PairedVerdict, champion: str, looks: int, *, same: bool) -> tuple[str, str]:
+def _decide(rule: Register, paired: PairedVerdict, champion: str, looks: int, *, same: bool) -> tuple[Verdict, str]:
     again = f"; these rows have judged {looks} times" if looks > 1 else ""
     lost = f"loses at most {paired.bound * 100:.2f} points against {champion}"
     if rule.promote_if == "never":

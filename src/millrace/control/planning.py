@@ -30,7 +30,7 @@ from millrace.train.frameworks_table import extras_of
 USER_STAGE = "user"
 
 
-class StepPlan(Struct, kw_only=True):
+class StepPlan(Struct, frozen=True, kw_only=True):
     """A step of a run before it has a key: `needs` are the steps whose outputs it reads."""
 
     name: str

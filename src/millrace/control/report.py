@@ -226,11 +226,8 @@ def _smaller(facts: Mapping[str, Facts]) -> dict[str, Any] | None:
         cells.append("-" if index == 0 or not guarantee else f"{guarantee['changed']}/{guarantee['rows']}")
         cells.append(format_size(variant["size_bytes"]))
         for one in variant["latency"]:
-            cells.append(
-                format_duration(one["p50_s"])
-                if index == 0
-                else f"{one['speedup']:.2f}x ({one['low']:.2f} to {one['high']:.2f})"
-            )
+            spread = f"{one['speedup']:.2f}x ({one['low']:.2f} to {one['high']:.2f})"
+            cells.append(format_duration(one["p50_s"]) if index == 0 else spread)
         rows.append(cells)
     why = compress["why"]
     sentence = f"Serving {compress['chosen']}: {why}" + ("" if why.endswith(".") else ".")
@@ -244,9 +241,7 @@ def _promotion(facts: Mapping[str, Facts]) -> dict[str, Any] | None:
         return None
     gate = register["gate"]
     if gate["verdict"] == "first":
-        return _section(
-            "Promotion", f"{register['model']} v{register['number']} is the first one: nothing to beat."
-        )
+        return _section("Promotion", f"{register['model']} v{register['number']} is the first: nothing to beat.")
     sentence = f"Against {gate['champion']} on the same {gate['rows']} rows: {gate['explanation']}."
     return _section("Promotion", sentence, charts.wins(gate) if gate["rows"] else "")
 
@@ -258,7 +253,7 @@ def _live(facts: Mapping[str, Facts]) -> dict[str, Any] | None:
     parts, pictures = [], []
     if serve:
         parts.append(
-            f"{serve['answered']} of {serve['requests']} real requests were answered, {serve['wrong']} differently from "
+            f"{serve['answered']} of {serve['requests']} real requests were answered, {serve['wrong']} unlike "
             f"the file; half within {format_duration(serve['p50_s'])}."
         )
     if monitor:

@@ -13,7 +13,7 @@ from millrace.core.types import Struct
 Task = Literal["classification", "regression"]
 
 
-class ColumnFacts(Struct, kw_only=True):
+class ColumnFacts(Struct, frozen=True, kw_only=True):
     """One column after cleaning."""
 
     name: str
@@ -27,7 +27,7 @@ class ColumnFacts(Struct, kw_only=True):
     max: float | None = None
 
 
-class RejectedSample(Struct, kw_only=True):
+class RejectedSample(Struct, frozen=True, kw_only=True):
     """One rejected row: why, and where it stood. `row` counts from 1 after the header."""
 
     rule: str
@@ -39,7 +39,7 @@ class RejectedSample(Struct, kw_only=True):
     record: dict[str, Any] = {}
 
 
-class DataFacts(Struct, kw_only=True):
+class DataFacts(Struct, frozen=True, kw_only=True):
     """`data`: rows in = kept + rejected; kept = train + validation + test."""
 
     rows_in: int
@@ -59,7 +59,7 @@ class DataFacts(Struct, kw_only=True):
     content_digest: str = ""  # of the rows in order, independent of the Parquet library
 
 
-class EpochFacts(Struct, kw_only=True):
+class EpochFacts(Struct, frozen=True, kw_only=True):
     """One epoch; validation score is the deciding metric."""
 
     epoch: int
@@ -70,7 +70,7 @@ class EpochFacts(Struct, kw_only=True):
     duration_s: float = 0.0
 
 
-class TrainFacts(Struct, kw_only=True):
+class TrainFacts(Struct, frozen=True, kw_only=True):
     """`train`."""
 
     framework: str
@@ -87,7 +87,7 @@ class TrainFacts(Struct, kw_only=True):
     candidates: list[dict[str, Any]] = []  # auto: name, score, chosen
 
 
-class ExportFacts(Struct, kw_only=True):
+class ExportFacts(Struct, frozen=True, kw_only=True):
     """`export`: ONNX equals the framework on `rows` real rows."""
 
     rows: int
@@ -99,7 +99,7 @@ class ExportFacts(Struct, kw_only=True):
     size_bytes: int
 
 
-class MetricValue(Struct, kw_only=True):
+class MetricValue(Struct, frozen=True, kw_only=True):
     """A metric with its confidence interval."""
 
     name: str
@@ -109,7 +109,7 @@ class MetricValue(Struct, kw_only=True):
     higher_is_better: bool = True
 
 
-class SliceFacts(Struct, kw_only=True):
+class SliceFacts(Struct, frozen=True, kw_only=True):
     """The deciding metric where `column` has `value`."""
 
     column: str
@@ -120,7 +120,7 @@ class SliceFacts(Struct, kw_only=True):
     high: float
 
 
-class Mistake(Struct, kw_only=True):
+class Mistake(Struct, frozen=True, kw_only=True):
     """One wrong (or worst) answer; `pixels` for images, else `record`."""
 
     row: int
@@ -131,7 +131,7 @@ class Mistake(Struct, kw_only=True):
     record: dict[str, Any] = {}
 
 
-class EvaluateFacts(Struct, kw_only=True):
+class EvaluateFacts(Struct, frozen=True, kw_only=True):
     """`evaluate`: the test rows; the first metric decides."""
 
     rows: int
@@ -147,7 +147,7 @@ class EvaluateFacts(Struct, kw_only=True):
     scatter: list[list[float]] = []  # regression: [expected, predicted], at most 500
 
 
-class GuaranteeFacts(Struct, kw_only=True):
+class GuaranteeFacts(Struct, frozen=True, kw_only=True):
     """What a variant loses at most. `status`: certified | refused | undecided | not_tested."""
 
     status: str
@@ -166,7 +166,7 @@ class GuaranteeFacts(Struct, kw_only=True):
     explanation: str = ""
 
 
-class LatencyFacts(Struct, kw_only=True):
+class LatencyFacts(Struct, frozen=True, kw_only=True):
     """Measured interleaved with the base in one process; `speedup` is base / variant, with its interval."""
 
     batch_size: int
@@ -176,7 +176,7 @@ class LatencyFacts(Struct, kw_only=True):
     high: float
 
 
-class VariantFacts(Struct, kw_only=True):
+class VariantFacts(Struct, frozen=True, kw_only=True):
     """One variant; the base is the first one, named fp32."""
 
     name: str
@@ -190,7 +190,7 @@ class VariantFacts(Struct, kw_only=True):
     note: str = ""  # "slower at batch 32", "did not load: …"
 
 
-class CompressFacts(Struct, kw_only=True):
+class CompressFacts(Struct, frozen=True, kw_only=True):
     """`compress`: the base first, then candidates in the order they were tested."""
 
     variants: list[VariantFacts]
@@ -205,7 +205,7 @@ class CompressFacts(Struct, kw_only=True):
     skipped: list[dict[str, str]] = []  # name, reason
 
 
-class GateFacts(Struct, kw_only=True):
+class GateFacts(Struct, frozen=True, kw_only=True):
     """Challenger against champion on the same frozen rows. `verdict`: see `register.promote_if`."""
 
     verdict: Literal["first", "promoted", "kept", "undecided", "same"]
@@ -223,7 +223,7 @@ class GateFacts(Struct, kw_only=True):
     explanation: str = ""
 
 
-class RegisterFacts(Struct, kw_only=True):
+class RegisterFacts(Struct, frozen=True, kw_only=True):
     """`register`. `number`, `alias` and `signed_by` are set when control has recorded the version."""
 
     model: str
@@ -236,7 +236,7 @@ class RegisterFacts(Struct, kw_only=True):
     signed_by: str | None = None
 
 
-class ServeFacts(Struct, kw_only=True):
+class ServeFacts(Struct, frozen=True, kw_only=True):
     """`serve` inside a run: real requests to a real server on a free loopback port."""
 
     requests: int
@@ -250,7 +250,7 @@ class ServeFacts(Struct, kw_only=True):
     ready_s: float = 0.0
 
 
-class FeatureSignal(Struct, kw_only=True):
+class FeatureSignal(Struct, frozen=True, kw_only=True):
     """One feature's effect size against its threshold."""
 
     name: str
@@ -258,7 +258,7 @@ class FeatureSignal(Struct, kw_only=True):
     threshold: float
 
 
-class DriftWindow(Struct, kw_only=True):
+class DriftWindow(Struct, frozen=True, kw_only=True):
     """One window judged: `score` and `threshold` are of the strongest signal."""
 
     label: str  # "clean", "inverted", "shifted", or a time
@@ -270,7 +270,7 @@ class DriftWindow(Struct, kw_only=True):
     scores: dict[str, float] = {}  # every feature, for the heat map
 
 
-class MonitorFacts(Struct, kw_only=True):
+class MonitorFacts(Struct, frozen=True, kw_only=True):
     """`monitor` inside a run: quiet on clean rows, loud on damaged ones."""
 
     windows: list[DriftWindow]

@@ -172,7 +172,7 @@ class Blobs(Protocol):
 # --------------------------------------------------------------------------- compute
 
 
-class Work(Struct, kw_only=True):
+class Work(Struct, frozen=True, kw_only=True):
     """One step, ready to be executed by any compute: plain data only."""
 
     step_id: str
@@ -193,7 +193,7 @@ class Work(Struct, kw_only=True):
     wall_time_s: float | None = None
 
 
-class ProgressFrame(Struct, kw_only=True, tag="progress"):
+class ProgressFrame(Struct, frozen=True, kw_only=True, tag="progress"):
     """How far a step is: `done` of `total`, with a line for people."""
 
     done: float
@@ -201,27 +201,27 @@ class ProgressFrame(Struct, kw_only=True, tag="progress"):
     text: str = ""
 
 
-class MetricsFrame(Struct, kw_only=True, tag="metrics"):
+class MetricsFrame(Struct, frozen=True, kw_only=True, tag="metrics"):
     """Points logged by a step."""
 
     points: list[MetricPoint]
 
 
-class OutputFrame(Struct, kw_only=True, tag="output"):
+class OutputFrame(Struct, frozen=True, kw_only=True, tag="output"):
     """An output has been stored as a blob."""
 
     name: str
     artifact: Artifact
 
 
-class HeartbeatFrame(Struct, kw_only=True, tag="heartbeat"):
+class HeartbeatFrame(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """The worker's interpreter is alive."""
 
     at: float
     rss_bytes: int = 0
 
 
-class WorkResult(Struct, kw_only=True, tag="result"):
+class WorkResult(Struct, frozen=True, kw_only=True, tag="result"):
     """How a step ended."""
 
     state: Literal["succeeded", "failed", "cancelled"]
@@ -234,7 +234,7 @@ class WorkResult(Struct, kw_only=True, tag="result"):
 Frame = ProgressFrame | MetricsFrame | OutputFrame | HeartbeatFrame | WorkResult
 
 
-class Capacity(Struct, kw_only=True):
+class Capacity(Struct, frozen=True, kw_only=True):
     """What a compute has."""
 
     cpus: int
@@ -282,7 +282,7 @@ class Compute(Protocol):
 # --------------------------------------------------------------------------- stages
 
 
-class StageDescriptor(Struct, kw_only=True):
+class StageDescriptor(Struct, frozen=True, kw_only=True):
     """What planning must know of a stage, without importing it."""
 
     name: str

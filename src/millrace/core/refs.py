@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import msgspec
 
@@ -46,7 +46,7 @@ class Ref(msgspec.Struct, frozen=True):
         found = match["kind"] or kind
         if found not in get_args(RefKind) or (kind is not None and found != kind):
             raise InputError(f"want a reference to a {kind or 'known kind'}, got {text!r}")
-        return cls(kind=found, name=match["name"], project=match["project"], at=match["at"])
+        return cls(kind=cast(RefKind, found), name=match["name"], project=match["project"], at=match["at"])
 
     @property
     def number(self) -> int | None:

@@ -25,26 +25,26 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A mapping of the spec: unknown keys are errors."""
 
 
-class Image(Section, kw_only=True):
+class Image(Section, frozen=True, kw_only=True):
     """Columns that together are one image, row by row, or files when the source is a folder."""
 
     columns: Columns = "*"
     shape: Annotated[list[PositiveInt], Meta(min_length=2, max_length=3)]
 
 
-class DropDuplicates(Section, kw_only=True):
+class DropDuplicates(Section, frozen=True, kw_only=True):
     """Keep the first of rows that are equal in `columns` (default: all of them)."""
 
     columns: Columns = "*"
 
 
-class DropMissing(Section, kw_only=True):
+class DropMissing(Section, frozen=True, kw_only=True):
     """Reject rows with a missing value in `columns`."""
 
     columns: Columns
 
 
-class FillMissing(Section, kw_only=True):
+class FillMissing(Section, frozen=True, kw_only=True):
     """Replace missing values; statistics come from the training rows only."""
 
     columns: Columns
@@ -52,7 +52,7 @@ class FillMissing(Section, kw_only=True):
     strategy: Literal["mean", "median", "mode", "value"] = "median"
 
 
-class Range(Section, kw_only=True):
+class Range(Section, frozen=True, kw_only=True):
     """Reject (or clip) rows whose number lies outside `min`…`max`."""
 
     columns: Columns
@@ -61,21 +61,21 @@ class Range(Section, kw_only=True):
     action: Literal["reject", "clip"] = "reject"
 
 
-class Allowed(Section, kw_only=True):
+class Allowed(Section, frozen=True, kw_only=True):
     """Reject rows whose value is not one of `values`."""
 
     columns: Columns
     values: list[Any]
 
 
-class Cast(Section, kw_only=True):
+class Cast(Section, frozen=True, kw_only=True):
     """Convert to a type; rows that cannot be converted are rejected."""
 
     columns: Columns
     type: Literal["number", "integer", "boolean", "text", "date"]
 
 
-class Unit(Section, kw_only=True):
+class Unit(Section, frozen=True, kw_only=True):
     """Multiply by `factor` and add `offset` (unit conversion); text like "12 kg" loses its unit first."""
 
     columns: Columns
@@ -83,14 +83,14 @@ class Unit(Section, kw_only=True):
     offset: float = 0.0
 
 
-class DateFormat(Section, kw_only=True):
+class DateFormat(Section, frozen=True, kw_only=True):
     """Read dates written in any of `formats` (strptime); others are rejected."""
 
     columns: Columns
     formats: list[str]
 
 
-class Outliers(Section, kw_only=True):
+class Outliers(Section, frozen=True, kw_only=True):
     """Reject numbers further than `k` interquartile ranges (or standard deviations) away."""
 
     columns: Columns
@@ -98,21 +98,21 @@ class Outliers(Section, kw_only=True):
     k: PositiveFloat = 3.0
 
 
-class NormalizeText(Section, kw_only=True):
+class NormalizeText(Section, frozen=True, kw_only=True):
     """Unicode NFC, trimmed and collapsed white space, optionally lower case."""
 
     columns: Columns
     lower: bool = False
 
 
-class Pattern(Section, kw_only=True):
+class Pattern(Section, frozen=True, kw_only=True):
     """Reject rows whose text does not match the regular expression."""
 
     columns: Columns
     regex: str
 
 
-class CleanRule(Section, kw_only=True):
+class CleanRule(Section, frozen=True, kw_only=True):
     """Exactly one cleaning rule. A bare string is a rule with its defaults; a bare value is its columns."""
 
     drop_duplicates: DropDuplicates | UnsetType = UNSET
@@ -141,7 +141,7 @@ class CleanRule(Section, kw_only=True):
         raise ValueError("a CleanRule without a rule")  # spec_errors refuses it before
 
 
-class Expect(Section, kw_only=True):
+class Expect(Section, frozen=True, kw_only=True):
     """What must hold after cleaning; comparisons such as ">=1000" or an exact number."""
 
     rows: int | str | None = None
@@ -153,7 +153,7 @@ class Expect(Section, kw_only=True):
     action: Literal["stop", "warn"] = "stop"
 
 
-class Split(Section, kw_only=True):
+class Split(Section, frozen=True, kw_only=True):
     """Disjoint test, validation and training rows; counts (int) or shares (float, "20%").
 
     Default test: max(20 %, 600 rows), at most a third. Stable when rows are appended: a row's
@@ -169,7 +169,7 @@ class Split(Section, kw_only=True):
     seed: int = 0
 
 
-class Data(Section, kw_only=True):
+class Data(Section, frozen=True, kw_only=True):
     """Where rows come from and what they must look like."""
 
     source: str | list[str]
@@ -186,7 +186,7 @@ class Data(Section, kw_only=True):
     split: Split = Split()
 
 
-class Optimizer(Section, kw_only=True):
+class Optimizer(Section, frozen=True, kw_only=True):
     """The optimiser and its parameters."""
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -195,14 +195,14 @@ class Optimizer(Section, kw_only=True):
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
 
 
-class EarlyStopping(Section, kw_only=True):
+class EarlyStopping(Section, frozen=True, kw_only=True):
     """Stop after `patience` epochs without an improvement of more than `min_delta`."""
 
     patience: PositiveInt = 5
     min_delta: Annotated[float, Meta(ge=0)] = 0.0
 
 
-class Train(Section, kw_only=True):
+class Train(Section, frozen=True, kw_only=True):
     """The model and how it is trained. `model`: auto, linear, boosting, or file.py:function."""
 
     model: str = "auto"
@@ -225,7 +225,7 @@ class Train(Section, kw_only=True):
     seed: NonNegativeInt = 0
 
 
-class Evaluate(Section, kw_only=True):
+class Evaluate(Section, frozen=True, kw_only=True):
     """Metrics on the test rows; the first one decides."""
 
     metrics: list[str] = []
@@ -233,7 +233,7 @@ class Evaluate(Section, kw_only=True):
     slices: list[str] = []
 
 
-class Compress(Section, kw_only=True):
+class Compress(Section, frozen=True, kw_only=True):
     """Smaller or faster variants, each under a guarantee."""
 
     variants: Literal["auto", "none"] | list[str] = "auto"
@@ -244,7 +244,7 @@ class Compress(Section, kw_only=True):
     allow_replacement: bool = False
 
 
-class Register(Section, kw_only=True):
+class Register(Section, frozen=True, kw_only=True):
     """Under which name, behind which alias, and when a new version may take it."""
 
     model: Name | None = None
@@ -253,7 +253,7 @@ class Register(Section, kw_only=True):
     margin: Share = msgspec.field(default_factory=lambda: Share(0.01))
 
 
-class Serve(Section, kw_only=True):
+class Serve(Section, frozen=True, kw_only=True):
     """The endpoint that runs and `millrace serve` start."""
 
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
@@ -263,7 +263,7 @@ class Serve(Section, kw_only=True):
     variant: str = "chosen"
 
 
-class Monitor(Section, kw_only=True):
+class Monitor(Section, frozen=True, kw_only=True):
     """Drift: thresholds are calibrated to this share of false alarms per window."""
 
     false_alarms: Share = msgspec.field(default_factory=lambda: Share(0.02))
@@ -271,14 +271,14 @@ class Monitor(Section, kw_only=True):
     enabled: bool = True
 
 
-class Limits(Section, kw_only=True):
+class Limits(Section, frozen=True, kw_only=True):
     """What one step may use."""
 
     memory: str | int | None = None
     wall_time: str | float | None = None
 
 
-class StepSpec(Section, kw_only=True):
+class StepSpec(Section, frozen=True, kw_only=True):
     """A user's own step: a Python function (`steps.py:clean`) or a script."""
 
     uses: str
@@ -289,7 +289,7 @@ class StepSpec(Section, kw_only=True):
     limits: Limits = Limits()
 
 
-class Spec(Section, kw_only=True):
+class Spec(Section, frozen=True, kw_only=True):
     """A whole `millrace.yaml`."""
 
     project: Name = "default"

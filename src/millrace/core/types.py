@@ -13,7 +13,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Frozen; unknown fields of stored data are ignored (strict on write, lenient on read)."""
 
 
-class Artifact(Struct, kw_only=True):
+class Artifact(Struct, frozen=True, kw_only=True):
     """One blob, or a tree: a JSON blob that lists (path, digest, size). The bytes never change."""
 
     digest: str
@@ -24,7 +24,7 @@ class Artifact(Struct, kw_only=True):
 TREE_MEDIA_TYPE = "application/vnd.millrace.tree+json"
 
 
-class TreeEntry(Struct, kw_only=True):
+class TreeEntry(Struct, frozen=True, kw_only=True):
     """One file of a tree; `path` is relative, with forward slashes, sorted."""
 
     path: str
@@ -32,7 +32,7 @@ class TreeEntry(Struct, kw_only=True):
     size_bytes: int
 
 
-class Record(Struct, kw_only=True):
+class Record(Struct, frozen=True, kw_only=True):
     """A stored record. `version` is the row's version for compare-and-set: 0 before the first put."""
 
     kind: ClassVar[str] = ""
@@ -42,7 +42,7 @@ class Record(Struct, kw_only=True):
     version: int = 0
 
 
-class Run(Record, kw_only=True):
+class Run(Record, frozen=True, kw_only=True):
     """One execution of a spec."""
 
     kind: ClassVar[str] = "run"
@@ -58,7 +58,7 @@ class Run(Record, kw_only=True):
     tags: dict[str, str] = {}
 
 
-class Step(Record, kw_only=True):
+class Step(Record, frozen=True, kw_only=True):
     """One step of a run. `cache_key` identifies the work; equal keys have equal outputs."""
 
     kind: ClassVar[str] = "step"
@@ -79,7 +79,7 @@ class Step(Record, kw_only=True):
     log_path: str = ""
 
 
-class DatasetVersion(Record, kw_only=True):
+class DatasetVersion(Record, frozen=True, kw_only=True):
     """An immutable dataset."""
 
     kind: ClassVar[str] = "dataset_version"
@@ -90,7 +90,7 @@ class DatasetVersion(Record, kw_only=True):
     facts: dict[str, Any] = {}
 
 
-class ModelVersion(Record, kw_only=True):
+class ModelVersion(Record, frozen=True, kw_only=True):
     """An immutable model: a signed bundle and what was measured of it."""
 
     kind: ClassVar[str] = "model_version"
@@ -106,7 +106,7 @@ class ModelVersion(Record, kw_only=True):
     facts: dict[str, Any] = {}
 
 
-class Alias(Record, kw_only=True):
+class Alias(Record, frozen=True, kw_only=True):
     """A name for a model version; id is `model/alias`. Moved by compare-and-set, with history."""
 
     kind: ClassVar[str] = "alias"
@@ -116,7 +116,7 @@ class Alias(Record, kw_only=True):
     history: list[dict[str, Any]] = []
 
 
-class Endpoint(Record, kw_only=True):
+class Endpoint(Record, frozen=True, kw_only=True):
     """A served model: what is wanted, and what was last seen."""
 
     kind: ClassVar[str] = "endpoint"
@@ -131,7 +131,7 @@ class Endpoint(Record, kw_only=True):
     facts: dict[str, Any] = {}
 
 
-class Alert(Record, kw_only=True):
+class Alert(Record, frozen=True, kw_only=True):
     """Something that a person should look at."""
 
     kind: ClassVar[str] = "alert"
@@ -146,7 +146,7 @@ class Alert(Record, kw_only=True):
     facts: dict[str, Any] = {}
 
 
-class Lease(Record, kw_only=True):
+class Lease(Record, frozen=True, kw_only=True):
     """Who may write something; id is the leased name. `token` only grows: it fences old holders."""
 
     kind: ClassVar[str] = "lease"
@@ -158,7 +158,7 @@ class Lease(Record, kw_only=True):
     held: bool = False
 
 
-class Event(Struct, kw_only=True):
+class Event(Struct, frozen=True, kw_only=True):
     """What happened; `seq` and `chain` are set once sealed."""
 
     at: float

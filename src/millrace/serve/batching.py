@@ -29,20 +29,31 @@ class Infer(Protocol):
 class Job:
     """One request in the queue: its tensors, then its outputs or its error.
 
-    `done` is called once on the event loop, never for a cancelled job.
+    A transport derives its own, with what it needs to answer. `done` is called once on the event loop,
+    never for a cancelled job.
+
+    Args:
+        tensors: Inputs by name; the first dimension is the row.
+        size_bytes: Of the request, for the queue's bound.
     """
 
-    __slots__ = ("done", "enqueued_ns", "error", "is_cancelled", "is_done", "outputs", "rows", "tensors")
+    __slots__ = ("enqueued_ns", "error", "is_cancelled", "is_done", "outputs", "rows", "size_bytes", "tensors")
 
-    def __init__(self, tensors: dict[str, np.ndarray], rows: int, done: Callable[[Job], None]) -> None:
+    def __init__(self, tensors: dict[str, np.ndarray], size_bytes: int = 0) -> None:
         self.tensors = tensors
-        self.rows = rows
-        self.done = done
+        self.size_bytes = size_bytes
+        for values in tensors.values():
+            self.rows = len(values)
+            break
         self.outputs: dict[str, np.ndarray] = {}
         self.error: Exception | None = None
         self.is_cancelled = False
         self.is_done = False
         self.enqueued_ns = 0
+
+    def done(self) -> None:
+        """`outputs` or `error` is set."""
+        raise NotImplementedError  # pragma: no cover - every transport has its own
 
 
 class Cost(Struct, frozen=True, kw_only=True):
@@ -113,12 +124,10 @@ class Batcher:
 
     Args:
         infer: The model; called from runner threads unless inline.
-        input_names: Tensors to join.
         cost: The calibration.
         max_batch: Rows in one call at most; a larger request runs in slices.
         call_soon: The loop's `call_soon`.
         call_from_thread: The loop's `call_soon_threadsafe`.
-        observe: Called after each call with (tensors, outputs, jobs, start_ns, end_ns).
         runners: Threads.
     """
 
@@ -134,8 +143,7 @@ class Batcher:
         self.cost = cost
         self.max_batch = max_batch
         self.is_inline = cost.is_inline
-        self.observe: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray], Sequence[Job], int, int], None]
-        self.observe = _ignore
+        self.finish: Callable[[list[Job], list[Call]], None] = finish_jobs  # on the loop, after each batch
         self._infer = infer
         self._call_soon = call_soon
         self._call_from_thread = call_from_thread
@@ -178,7 +186,7 @@ class Batcher:
         while queue:
             batch = _take(queue, limit)
             if batch:
-                _finish(batch, self._execute(batch))
+                self.finish(batch, self._execute(batch))
             if queue and time.perf_counter() - start > YIELD_AFTER_S:
                 self._is_scheduled = True
                 self._call_soon(self._flush)
@@ -211,7 +219,7 @@ class Batcher:
                     return
                 batch = _take(self._thread_queue, self.max_batch)
             if batch:
-                self._call_from_thread(_finish, batch, self._execute(batch))
+                self._call_from_thread(self.finish, batch, self._execute(batch))
 
     # ------------------------------------------------------------------ one batch
 
@@ -227,7 +235,7 @@ class Batcher:
                 batch[0].error = error
                 return []
             return [call for job in batch for call in self._execute([job])]
-        return [Call(self.observe, tensors, outputs, batch, start_ns, time.perf_counter_ns())]
+        return [Call(tensors, outputs, batch, start_ns, time.perf_counter_ns())]
 
     def _run_slices(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = len(next(iter(tensors.values())))
@@ -239,17 +247,23 @@ class Batcher:
 
 
 class Call:
-    """A call that succeeded, to be observed on the loop."""
+    """A call of the model that succeeded."""
 
-    __slots__ = ("arguments", "observe")
+    __slots__ = ("end_ns", "jobs", "outputs", "start_ns", "tensors")
 
-    def __init__(self, observe: Callable[..., None], *arguments: Any) -> None:
-        self.observe = observe
-        self.arguments = arguments
-
-
-def _ignore(*_: Any) -> None:
-    """Nobody observes."""
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        jobs: Sequence[Job],
+        start_ns: int,
+        end_ns: int,
+    ) -> None:
+        self.tensors = tensors
+        self.outputs = outputs
+        self.jobs = jobs
+        self.start_ns = start_ns
+        self.end_ns = end_ns
 
 
 def _take(queue: deque[Job], limit: int) -> list[Job]:
@@ -293,11 +307,9 @@ def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:
         start = end
 
 
-def _finish(batch: list[Job], calls: list[Call]) -> None:
-    """On the loop: the answers first, then the statistics."""
+def finish_jobs(batch: list[Job], calls: list[Call]) -> None:
+    """Tell the jobs of a batch."""
     for job in batch:
         if not job.is_cancelled:
             job.is_done = True
-            job.done(job)
-    for call in calls:
-        call.observe(*call.arguments)
+            job.done()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from millrace.core.ports import Runtime
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.admission import Admission, Refusal
-from millrace.serve.batching import Batcher, Cost, Job
+from millrace.serve.batching import Batcher, Call, Job
 from millrace.serve.metrics import Metrics
 from millrace.serve.telemetry import Collector
 
@@ -33,10 +33,7 @@ class DataPlane:
         runtime: Loaded and ready; called from runner threads where a call is slow.
         signature: What the model reads and answers.
         admission: The bounded queue.
-        cost: The calibration.
-        max_batch: Rows in one call at most.
-        call_soon: The loop's `call_soon`.
-        call_from_thread: The loop's `call_soon_threadsafe`.
+        batcher: Runs a `CheckedInfer` of the runtime.
         collector: Histograms of inputs and outputs; None counts nothing.
     """
 
@@ -56,66 +53,53 @@ class DataPlane:
         self.batcher = batcher
         self.collector = collector
         self.metrics = Metrics()
-        batcher.observe = self._observe
+        batcher.finish = self._finish
 
     @property
     def is_ready(self) -> bool:
         """Whether requests should come here."""
         return self.runtime.is_ready and not self.admission.is_draining
 
-    def submit(
-        self,
-        tensors: dict[str, np.ndarray],
-        size_bytes: int,
-        done: Callable[[Job], None],
-        held_by_connection: int = 0,
-    ) -> Refusal | Job:
+    def submit(self, job: Job, held_by_connection: int = 0) -> Refusal | None:
         """Queue a request.
 
         Args:
-            tensors: Every input with the signature's dtype and shape (`oip` and `rows` see to that).
-            size_bytes: Of its body, for the queue's bound.
-            done: Called once on the loop with the job: `outputs` or `error` is set.
-            held_by_connection: How many of its requests wait already.
+            job: Every input with the signature's dtype and shape (`oip` and `rows` see to that).
+            held_by_connection: How many requests of its connection wait already.
 
         Returns:
-            The job, or why it was refused: then `done` is never called.
+            None when `job.done` will be called, once, on the loop; otherwise why it was refused.
         """
-        refusal = self.admission.admit(size_bytes, held_by_connection)
-        if refusal is not None:
-            return refusal
+        refusal = self.admission.admit(job.size_bytes, held_by_connection)
+        if refusal is None:
+            self.batcher.submit(job)
+        return refusal
 
-        def finish(job: Job) -> None:
-            self.admission.release(size_bytes)
-            self.metrics.latency.add((time.perf_counter_ns() - job.enqueued_ns) / 1e9)
-            if job.error is not None:
-                self.metrics.failures += 1
-            done(job)
-
-        job = Job(tensors, len(next(iter(tensors.values()))), finish)
-        self.batcher.submit(job)
-        return job
-
-    def cancel(self, job: Job, size_bytes: int) -> None:
+    def cancel(self, job: Job) -> None:
         """The client is gone: the job is skipped if no call has taken it yet; `done` is not called."""
         if not job.is_cancelled and not job.is_done:
             job.is_cancelled = True
-            self.admission.release(size_bytes)
+            self.admission.release(job.size_bytes)
 
-    def _observe(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
-        jobs: Sequence[Job],
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
-        queue_ns = sum(start_ns - job.enqueued_ns for job in jobs)
-        rows = sum(job.rows for job in jobs)
-        self.metrics.observe_call(rows, end_ns - start_ns, queue_ns)
-        self.metrics.last_inference_ms = time.time_ns() // 1_000_000
-        if self.collector is not None:
-            self.collector.add(tensors, outputs)
+    def _finish(self, batch: list[Job], calls: list[Call]) -> None:
+        """The answers first, then the statistics."""
+        now_ns = time.perf_counter_ns()
+        admission, metrics = self.admission, self.metrics
+        for job in batch:
+            if job.is_cancelled:
+                continue
+            job.is_done = True
+            admission.release(job.size_bytes)
+            metrics.latency.add((now_ns - job.enqueued_ns) * 1e-9)
+            if job.error is not None:
+                metrics.failures += 1
+            job.done()
+        for call in calls:
+            queue_ns = sum([call.start_ns - job.enqueued_ns for job in call.jobs])
+            rows = sum([job.rows for job in call.jobs])
+            metrics.observe_call(rows, call.end_ns - call.start_ns, queue_ns)
+            if self.collector is not None:
+                self.collector.add(call.tensors, call.outputs)
 
 
 class CheckedInfer:
@@ -178,6 +162,3 @@ def _zeros(spec: TensorSpec) -> np.ndarray:
     if spec.dtype == "string":
         return np.full(shape, "", dtype=object)
     return np.zeros(shape, dtype=spec.dtype)
-
-
-DEFAULT_COST = Cost(base_s=1e-3, per_row_s=1e-4)  # not measured: runner threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -95,7 +96,7 @@ class Metrics:
         self.model_ns = 0
         self.queue_ns = 0
         self.failures = 0
-        self.last_inference_ms = 0
+        self.last_inference_ms = 0  # since 1970
 
     def observe_call(self, rows: int, model_ns: int, queue_ns: int) -> None:
         """Count one call of the model."""
@@ -103,6 +104,7 @@ class Metrics:
         self.calls += 1
         self.model_ns += model_ns
         self.queue_ns += queue_ns
+        self.last_inference_ms = time.time_ns() // 1_000_000
         self.batch_rows.add(rows)
         if rows in self.batches or len(self.batches) < 1024:
             self.batches[rows] += 1

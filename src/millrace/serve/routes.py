@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 import orjson
 
 from millrace.core.errors import InputError, StageError
@@ -21,7 +22,64 @@ from millrace.serve.http import Exchange, Service
 _OCTETS = b"application/octet-stream"
 _PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 Route = Callable[[Exchange], None]
-Send = Callable[[Exchange, dict[str, Any]], None]
+
+
+class HttpJob(Job):
+    """A job that answers an exchange."""
+
+    __slots__ = ("exchange", "routes")
+    route: ClassVar[str]
+
+    def __init__(self, routes: Routes, exchange: Exchange, tensors: dict[str, np.ndarray]) -> None:
+        super().__init__(tensors, len(exchange.body))
+        self.routes = routes
+        self.exchange = exchange
+
+    def abort(self) -> None:
+        """The client is gone."""
+        self.routes.plane.cancel(self)
+
+    def done(self) -> None:
+        """Answer."""
+        if self.error is not None:
+            self.routes.fail(self.exchange, self.route, self.error)
+            return
+        try:
+            self.send()
+        except RUN_ERRORS as error:  # outputs that are not the signature's
+            self.routes.fail(self.exchange, self.route, error)
+
+    def send(self) -> None:
+        """Answer with the outputs."""
+        raise NotImplementedError
+
+
+class InferJob(HttpJob):
+    """V2."""
+
+    __slots__ = ("request",)
+    route = "infer"
+
+    def __init__(
+        self, routes: Routes, exchange: Exchange, tensors: dict[str, np.ndarray], request: oip.InferRequest
+    ) -> None:
+        super().__init__(routes, exchange, tensors)
+        self.request = request
+
+    def send(self) -> None:
+        """Answer with tensors."""
+        self.routes.send_tensors(self.exchange, self.request, self.outputs)
+
+
+class PredictJob(HttpJob):
+    """Rows."""
+
+    __slots__ = ()
+    route = "predict"
+
+    def send(self) -> None:
+        """Answer with labels and probabilities."""
+        self.routes.send_answers(self.exchange, self.outputs)
 
 
 class Routes:
@@ -135,64 +193,49 @@ class Routes:
 
     def infer(self, exchange: Exchange) -> None:
         """V2: `POST /v2/models/{name}[/versions/{version}]/infer`."""
+        headers = exchange.headers
         try:
-            header = exchange.headers.get(b"inference-header-content-length")
-            length = None if header is None else _whole(header)
-            request = self._codec.decode(self._body(exchange), length)
+            header = headers.get(b"inference-header-content-length")
+            body = exchange.body if b"content-encoding" not in headers else self._decompressed(exchange)
+            request = self._codec.decode(body, None if header is None else _whole(header))
         except InputError as error:
-            self._fail(exchange, "infer", error)
+            self.fail(exchange, "infer", error)
             return
-        codec = self._codec
-
-        def send(exchange: Exchange, outputs: dict[str, Any]) -> None:
-            document, blobs = codec.encode(request, outputs)
-            self._requests["infer", 200] += 1
-            if blobs:
-                body = b"".join((document, *blobs))
-                exchange.reply_raw(self._binary_head(len(document), len(body)), body)
-            else:
-                exchange.reply(200, document)
-
-        self._submit(exchange, "infer", request.tensors, send)
+        self._submit(InferJob(self, exchange, request.tensors, request))
 
     def predict(self, exchange: Exchange) -> None:
         """Rows in, labels and probabilities out: `POST /v1/models/{name}:predict`."""
         try:
-            tensors = encode_rows(self.plane.signature, _instances(self._body(exchange)))
+            body = exchange.body if b"content-encoding" not in exchange.headers else self._decompressed(exchange)
+            tensors = encode_rows(self.plane.signature, _instances(body))
         except InputError as error:
-            self._fail(exchange, "predict", error)
+            self.fail(exchange, "predict", error)
             return
+        self._submit(PredictJob(self, exchange, tensors))
 
-        def send(exchange: Exchange, outputs: dict[str, Any]) -> None:
-            answers = decode_answers(self.plane.signature, outputs)
-            self._requests["predict", 200] += 1
-            exchange.reply(200, orjson.dumps({"predictions": answers}))
-
-        self._submit(exchange, "predict", tensors, send)
-
-    def _submit(self, exchange: Exchange, route: str, tensors: dict[str, Any], send: Send) -> None:
-        if not self.plane.runtime.is_ready:
-            self._fail_with(exchange, route, 503, "the model is not ready", b"Retry-After: 1\r\n")
-            return
-
-        def done(job: Job) -> None:
-            if job.error is not None:
-                self._fail(exchange, route, job.error)
-                return
-            try:
-                send(exchange, job.outputs)
-            except RUN_ERRORS as error:  # outputs that are not the signature's
-                self._fail(exchange, route, error)
-
-        held = exchange.connection.waiting - 1
-        queued = self.plane.submit(tensors, len(exchange.body), done, held)
-        if isinstance(queued, Refusal):
-            self._refuse(exchange, route, queued)
+    def _submit(self, job: HttpJob) -> None:
+        exchange = job.exchange
+        refusal = self.plane.submit(job, exchange.connection.waiting - 1)
+        if refusal is None:
+            exchange.on_abort = job.abort
         else:
-            exchange.on_abort = lambda: self._abort(queued, exchange)
+            self._refuse(exchange, job.route, refusal)
 
-    def _abort(self, job: Job, exchange: Exchange) -> None:
-        self.plane.cancel(job, len(exchange.body))
+    def send_tensors(self, exchange: Exchange, request: oip.InferRequest, outputs: dict[str, Any]) -> None:
+        """Answer V2."""
+        document, blobs = self._codec.encode(request, outputs)
+        self._requests["infer", 200] += 1
+        if blobs:
+            body = b"".join((document, *blobs))
+            exchange.reply_raw(self._binary_head(len(document), len(body)), body)
+        else:
+            exchange.reply(200, document)
+
+    def send_answers(self, exchange: Exchange, outputs: dict[str, Any]) -> None:
+        """Answer with labels and probabilities."""
+        answers = decode_answers(self.plane.signature, outputs)
+        self._requests["predict", 200] += 1
+        exchange.reply(200, orjson.dumps({"predictions": answers}))
 
     def _refuse(self, exchange: Exchange, route: str, refusal: Refusal) -> None:
         """Hold the refusal back and read nothing meanwhile: a retry storm must not take the cores."""
@@ -206,7 +249,8 @@ class Routes:
         connection.hold()
         asyncio.get_running_loop().call_later(self.plane.admission.hold_s, send)
 
-    def _fail(self, exchange: Exchange, route: str, error: Exception) -> None:
+    def fail(self, exchange: Exchange, route: str, error: Exception) -> None:
+        """Answer with what went wrong."""
         if isinstance(error, InputError):
             self._fail_with(exchange, route, 400, error.message)
         elif isinstance(error, StageError):
@@ -220,9 +264,9 @@ class Routes:
         self._requests[route, status] += 1
         exchange.reply_error(status, message, headers)
 
-    def _body(self, exchange: Exchange) -> bytes:
-        encoding = exchange.headers.get(b"content-encoding")
-        if encoding is None or encoding == b"identity":
+    def _decompressed(self, exchange: Exchange) -> bytes:
+        encoding = exchange.headers[b"content-encoding"]
+        if encoding == b"identity":
             return exchange.body
         return decompress(exchange.body, encoding.decode("latin-1"), self._max_body_bytes)
 

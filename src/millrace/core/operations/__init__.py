@@ -20,7 +20,7 @@ class Page(Request, frozen=True, kw_only=True):
     offset: int = 0
 
 
-class Operation(Struct, kw_only=True):
+class Operation(Struct, frozen=True, kw_only=True):
     """One verb.
 
     `name` is noun.verb; `is_write` operations are audited; `is_stream` ones answer with a sequence;

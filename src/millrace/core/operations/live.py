@@ -24,7 +24,7 @@ class ServeRequest(Request, frozen=True, kw_only=True):
     variant: str | None = None
 
 
-class ServeEvent(Struct, kw_only=True):
+class ServeEvent(Struct, frozen=True, kw_only=True):
     """What the endpoint's supervisor saw."""
 
     kind: str  # "ready" | "alert" | "restart" | "window" | "stopped"
@@ -45,7 +45,7 @@ class GcRequest(Request, frozen=True, kw_only=True):
     apply: bool = False
 
 
-class GcResponse(Struct, kw_only=True):
+class GcResponse(Struct, frozen=True, kw_only=True):
     """What was, or would be, deleted."""
 
     blobs: int
@@ -54,7 +54,7 @@ class GcResponse(Struct, kw_only=True):
     applied: bool
 
 
-class DiskUsage(Struct, kw_only=True):
+class DiskUsage(Struct, frozen=True, kw_only=True):
     """Bytes by what they are for."""
 
     home: str
@@ -62,7 +62,7 @@ class DiskUsage(Struct, kw_only=True):
     parts: dict[str, int]
 
 
-class Check(Struct, kw_only=True):
+class Check(Struct, frozen=True, kw_only=True):
     """One check of `millrace doctor`."""
 
     name: str
@@ -71,7 +71,7 @@ class Check(Struct, kw_only=True):
     hint: str = ""
 
 
-class SystemStatus(Struct, kw_only=True):
+class SystemStatus(Struct, frozen=True, kw_only=True):
     """What there is, at a glance."""
 
     home: str

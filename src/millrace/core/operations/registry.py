@@ -21,7 +21,7 @@ class DatasetDiffRequest(Request, frozen=True, kw_only=True):
     right: str
 
 
-class DatasetDiff(Struct, kw_only=True):
+class DatasetDiff(Struct, frozen=True, kw_only=True):
     """Numbers that differ: [left, right] by name."""
 
     left: str
@@ -35,7 +35,7 @@ class ModelRequest(Request, frozen=True, kw_only=True):
     model: str
 
 
-class ModelView(Struct, kw_only=True):
+class ModelView(Struct, frozen=True, kw_only=True):
     """A model version as people and scripts see it; `digest` is the bundle's."""
 
     name: str
@@ -49,7 +49,7 @@ class ModelView(Struct, kw_only=True):
     card: str | None = None
 
 
-class ModelDetail(Struct, kw_only=True):
+class ModelDetail(Struct, frozen=True, kw_only=True):
     """A version with its aliases' history."""
 
     version: ModelVersion
@@ -89,14 +89,14 @@ class ExportRequest(ModelRequest, frozen=True, kw_only=True):
     to: str
 
 
-class ExportResponse(Struct, kw_only=True):
+class ExportResponse(Struct, frozen=True, kw_only=True):
     """Where the files are."""
 
     folder: str
     files: list[str]
 
 
-class OpenModelResponse(Struct, kw_only=True):
+class OpenModelResponse(Struct, frozen=True, kw_only=True):
     """A verified local folder of the bundle, and what to run of it."""
 
     name: str
@@ -118,7 +118,7 @@ class CompressRequest(Request, frozen=True, kw_only=True):
     threads: int = 1
 
 
-class CompressResponse(Struct, kw_only=True):
+class CompressResponse(Struct, frozen=True, kw_only=True):
     """CompressFacts as plain data, and the folder of the variants."""
 
     facts: dict[str, Any]

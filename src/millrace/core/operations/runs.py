@@ -53,7 +53,7 @@ class LogsRequest(RunRequest, frozen=True, kw_only=True):
     offset: int = 0
 
 
-class LogsResponse(Struct, kw_only=True):
+class LogsResponse(Struct, frozen=True, kw_only=True):
     """What was printed, the next offset, and whether more may come."""
 
     step: str
@@ -70,7 +70,7 @@ class MetricsRequest(RunRequest, frozen=True, kw_only=True):
     since: int = 0
 
 
-class PlannedStep(Struct, kw_only=True):
+class PlannedStep(Struct, frozen=True, kw_only=True):
     """What a run would do with a step, and why."""
 
     name: str
@@ -78,20 +78,20 @@ class PlannedStep(Struct, kw_only=True):
     reason: str
 
 
-class Plan(Struct, kw_only=True):
+class Plan(Struct, frozen=True, kw_only=True):
     """The steps in order."""
 
     steps: list[PlannedStep]
 
 
-class Submitted(Struct, kw_only=True):
+class Submitted(Struct, frozen=True, kw_only=True):
     """The run; `is_joined` when a live one on the same spec was found."""
 
     run: Run
     is_joined: bool = False
 
 
-class RunView(Struct, kw_only=True):
+class RunView(Struct, frozen=True, kw_only=True):
     """A run with its steps and their facts."""
 
     run: Run
@@ -99,7 +99,7 @@ class RunView(Struct, kw_only=True):
     report_path: str | None = None
 
 
-class RunEvent(Struct, kw_only=True):
+class RunEvent(Struct, frozen=True, kw_only=True):
     """Something that happened while a run is driven or followed."""
 
     kind: str  # "step" | "progress" | "end"
@@ -114,7 +114,7 @@ class RunEvent(Struct, kw_only=True):
     report_path: str | None = None
 
 
-class RunDiff(Struct, kw_only=True):
+class RunDiff(Struct, frozen=True, kw_only=True):
     """What differs: specs by key, facts by metric, outputs by step."""
 
     left: str
