@@ -91,9 +91,7 @@ def rights(rows: int, wrong: int) -> np.ndarray:
         ("never", 2000, 0, 2000, "kept"),
     ],
 )
-def test_the_gates_table(
-    promote_if: str, rows: int, challenger_wrong: int, champion_wrong: int, verdict: str
-) -> None:
+def test_the_gates_table(promote_if: str, rows: int, challenger_wrong: int, champion_wrong: int, verdict: str) -> None:
     rule = Register(promote_if=promote_if)  # type: ignore[arg-type]
     facts = gate(rule, rights(rows, challenger_wrong), rights(rows, champion_wrong))
     assert facts.verdict == verdict

@@ -142,10 +142,10 @@ def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
             raise
 
 
+_KEYS = ["data", "train", "source", "label", "clean", "split", "test", "epochs", "model", "steps", "x"]
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        "data train source label clean split test epochs model steps x".split()), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
 

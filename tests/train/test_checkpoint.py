@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from millrace.core.errors import DiskFullError
 from millrace.train.checkpoint import CheckpointStore
 

@@ -134,11 +134,12 @@ def variant_rows(facts: dict[str, Any]) -> list[list[str]]:
     """The table of variants, header first."""
     base = facts["variants"][0]
     batches = [latency["batch_size"] for latency in base["latency"]]
-    error = (base["guarantee"] or {}).get("metric", "") not in ("", "accuracy")
+    known = next((variant["guarantee"] for variant in facts["variants"] if variant["guarantee"]), None) or {}
+    error = known.get("metric", "accuracy") != "accuracy"
     drop_name = f"DROP({facts['confidence'] * 100:.0f}%)"
     rows = [["VARIANT", "ERR" if error else "ACC", drop_name, "CHANGED", "SIZE", *(f"b{batch}" for batch in batches)]]
     for index, variant in enumerate(facts["variants"]):
-        guarantee = variant["guarantee"] or {}
+        guarantee = variant["guarantee"] or (known if index == 0 else {})
         mark = "*" if variant["name"] == facts["chosen"] else " "
         rows.append([f"{mark}{variant['name']}", *_guarantee_cells(guarantee, error, is_base=index == 0),
                      format_size(variant["size_bytes"]), *_latency_cells(variant, is_base=index == 0)])  # fmt: skip
@@ -178,3 +179,16 @@ def verdict_line(facts: dict[str, Any]) -> str:
     bound = max(guarantee["bound"], 0.0) * scale
     sure = f"{guarantee['confidence'] * 100:.0f} % sure; limit {guarantee['limit'] * scale:.1f}"
     return f"Serving {chosen['name']}: {smaller}, loses at most {bound:.2f}{unit} ({sure})."
+
+
+def flat(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without nesting.
+
+    Example:
+        >>> flat({"label": "a", "probabilities": {"a": 0.9, "b": 0.1}})
+        {'label': 'a', 'probability_a': 0.9, 'probability_b': 0.1}
+    """
+    row = {key: value for key, value in answer.items() if not isinstance(value, dict)}
+    for label, value in answer.get("probabilities", {}).items():
+        row[f"probability_{label}"] = value
+    return row

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from millrace.cli.lines import flat
 from millrace.core.operations.registry import OpenModelResponse
 from millrace.formats.bundle import open_bundle
 from millrace.serve.batch import predict_file as answer_file
@@ -24,16 +25,3 @@ def write_csv(answers: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["label"])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def flat(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer without nesting.
-
-    Example:
-        >>> flat({"label": "a", "probabilities": {"a": 0.9, "b": 0.1}})
-        {'label': 'a', 'probability_a': 0.9, 'probability_b': 0.1}
-    """
-    row = {key: value for key, value in answer.items() if not isinstance(value, dict)}
-    for label, value in answer.get("probabilities", {}).items():
-        row[f"probability_{label}"] = value
-    return row

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millrace.cli.lines import step_line, variant_rows, verdict_line
-from millrace.cli.predicting import flat
+from millrace.cli.lines import flat, step_line, variant_rows, verdict_line
 from millrace.cli.session import plain
 from millrace.core.units import format_duration, format_size
 

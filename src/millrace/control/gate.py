@@ -69,7 +69,7 @@ def _decide(rule: Register, paired: PairedVerdict, champion: str, looks: int, *,
         return "kept", f"not shown to be better than {champion}{again}"
     if same or paired.bound <= float(rule.margin):
         return "promoted", f"{lost} (limit {float(rule.margin) * 100:g}){again}"
-    if paired.difference < -float(rule.margin):
+    if paired.verdict == "inferior":
         return "kept", f"worse than {champion} by {-paired.difference * 100:.2f} points{again}"
     needed = f"; about {paired.rows_needed} rows needed" if paired.rows_needed else ""
     return "undecided", f"too few rows to tell: {lost}, limit {float(rule.margin) * 100:g}{needed}{again}"

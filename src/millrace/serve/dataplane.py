@@ -90,10 +90,10 @@ class DataPlane:
                 continue
             job.is_done = True
             admission.release(job.size_bytes)
-            metrics.latency.add((now_ns - job.enqueued_ns) * 1e-9)
             if job.error is not None:
                 metrics.failures += 1
             job.done()
+        metrics.latency.extend([(now_ns - job.enqueued_ns) * 1e-9 for job in batch if job.is_done])
         for call in calls:
             queue_ns = sum([call.start_ns - job.enqueued_ns for job in call.jobs])
             rows = sum([job.rows for job in call.jobs])

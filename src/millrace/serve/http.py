@@ -209,6 +209,7 @@ class Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._head_bytes = 0
         self._header_bytes = 0
+        self._is_counting = False
         self._body_bytes = 0
         self._in_message = False
         self._in_head = True
@@ -276,6 +277,7 @@ class Connection(asyncio.Protocol):
         if self._is_closing:
             return
         was_in_head = self._in_message and self._in_head
+        self._is_counting = len(data) > self.service.limits.max_head_bytes  # less cannot hold a head too large
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -316,9 +318,10 @@ class Connection(asyncio.Protocol):
         """httptools: one header."""
         if not self._in_head:
             return  # a trailer
-        self._header_bytes += len(name) + len(value) + 4
-        if self._header_bytes > self.service.limits.max_head_bytes:
-            raise _Refused(431, self._head_too_large())
+        if self._is_counting:
+            self._header_bytes += len(name) + len(value) + 4
+            if self._header_bytes > self.service.limits.max_head_bytes:
+                raise _Refused(431, self._head_too_large())
         name = name.lower()
         if name in self._headers and name in _SINGLE_HEADERS:
             raise _Refused(400, f"header {name.decode('latin-1')} is given twice")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -47,6 +47,12 @@ class BucketCounts:
     def add(self, value: float) -> None:
         """Count one value."""
         self._pending.append(value)
+        if len(self._pending) >= _FOLD_AT:
+            self._fold()
+
+    def extend(self, values: Iterable[float]) -> None:
+        """Count several."""
+        self._pending.extend(values)
         if len(self._pending) >= _FOLD_AT:
             self._fold()
 

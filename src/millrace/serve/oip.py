@@ -19,9 +19,9 @@ from millrace.serve.tensors import (
     DATATYPES,
     as_object,
     check_shape,
-    floats,
     from_json,
     itemsize,
+    pack_floats,
     read_binary,
     shown,
     to_bytes,
@@ -41,19 +41,29 @@ class InferRequest:
         self.binary = binary
 
 
+class _InputParameters(Struct, frozen=True, kw_only=True):
+    binary_data_size: int | None = None
+
+
 class _FloatInput(Struct, frozen=True, kw_only=True):
     name: str
     shape: list[int]
     datatype: str
     data: list[float] | msgspec.UnsetType = msgspec.UNSET
-    parameters: dict[str, Any] | None = None
+    parameters: _InputParameters | None = None
+
+
+class _RequestParameters(Struct, frozen=True, kw_only=True):
+    binary_data_output: bool = False
 
 
 class _FloatRequest(Struct, frozen=True, kw_only=True):
+    """The common request, decoded without a Python object for anything else."""
+
     inputs: list[_FloatInput]
     id: str = ""
     outputs: list[Any] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: _RequestParameters | None = None
 
 
 _decode_floats = msgspec.json.Decoder(_FloatRequest).decode
@@ -77,6 +87,10 @@ class Codec:
         self._all_json = dict.fromkeys(self.outputs, False)
         self._prefix = orjson.dumps({"model_name": name, "model_version": version})[:-1]
         self._binary_heads: dict[int, bytes] = {}
+        only = signature.inputs[0] if len(signature.inputs) == 1 else None
+        is_plain = only is not None and only.dtype == "float32" and len(only.shape) == 2 and only.shape[1] > 0
+        self._plain = only if is_plain else None  # one tensor of numbers: what a quick path is worth for
+        self._has_static_heads = all(spec.dtype != "string" and -1 not in spec.shape[1:] for spec in signature.outputs)
 
     # ------------------------------------------------------------------ requests
 
@@ -101,25 +115,40 @@ class Codec:
             raise InputError(
                 f"Inference-Header-Content-Length: want 0 to {len(body)}, the length of the body, got {header_length}"
             )
+        request = self._decode_plain(head, rest) if self._plain is not None else None
+        return request or self._decode_any(head, rest)
+
+    def _decode_plain(self, head: bytes, rest: bytes) -> InferRequest | None:
+        """One float32 tensor that is right in every respect; None for everything else."""
         try:
             request = _decode_floats(head)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return self._decode_any(head, rest)
-        binary = request.parameters is not None and request.parameters.get("binary_data_output") is True
-        tensors: dict[str, np.ndarray] = {}
-        offset = 0
-        for value in request.inputs:
-            spec = self._input_spec(value.name, tensors)
-            rows = check_shape(spec, value.shape, value.datatype)
-            if value.data is not msgspec.UNSET and spec.dtype == "float32" and value.parameters is None:
-                tensors[spec.name] = floats(spec, value.shape, rows, value.data)
-            elif value.data is msgspec.UNSET and value.parameters is not None:
-                tensors[spec.name], offset = read_binary(spec, value.shape, value.parameters, rest, offset)
-            else:
-                return self._decode_any(head, rest)
-        self._check_complete(tensors, rest, offset)
+            return None
+        if len(request.inputs) != 1:
+            return None
+        spec, value = self._plain, request.inputs[0]
+        shape, parameters = value.shape, value.parameters
+        assert spec is not None
+        if value.name != spec.name or value.datatype != "FP32" or len(shape) != 2 or shape[1] != spec.shape[1]:
+            return None
+        count = shape[0] * shape[1]
+        if parameters is None:
+            if value.data is msgspec.UNSET or count <= 0 or len(value.data) != count or rest:
+                return None
+            tensor = pack_floats(value.data)
+            if tensor is None:
+                return None
+        else:
+            if (
+                value.data is not msgspec.UNSET
+                or count <= 0
+                or not len(rest) == 4 * count == parameters.binary_data_size
+            ):
+                return None
+            tensor = np.frombuffer(rest, dtype=np.float32)
+        binary = request.parameters is not None and request.parameters.binary_data_output
         outputs = self._wanted(request.outputs, binary) if request.outputs else None
-        return InferRequest(tensors, request.id, outputs, binary)
+        return InferRequest({spec.name: tensor.reshape(shape)}, request.id, outputs, binary)
 
     def _raw(self, body: bytes) -> InferRequest:
         if len(self.inputs) != 1:
@@ -153,14 +182,14 @@ class Codec:
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise InputError(f"inputs[{index}].name: missing, or not a text")
             spec = self._input_spec(value["name"], tensors)
-            rows = check_shape(spec, value.get("shape"), value.get("datatype"))
+            check_shape(spec, value.get("shape"), value.get("datatype"))
             own = as_object(value.get("parameters"), f"input {spec.name!r}: parameters")
             if "binary_data_size" in own:
                 if "data" in value:
                     raise InputError(f"input {spec.name!r}: has both data and binary_data_size")
                 tensors[spec.name], offset = read_binary(spec, value["shape"], own, rest, offset)
             else:
-                tensors[spec.name] = from_json(spec, value["shape"], rows, value.get("data"))
+                tensors[spec.name] = from_json(spec, value["shape"], value.get("data"))
         self._check_complete(tensors, rest, offset)
         outputs = request.get("outputs")
         return InferRequest(tensors, id, self._wanted(outputs, binary) if outputs else None, binary)
@@ -225,7 +254,7 @@ class Codec:
     def _all_as_binary(self, id: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, list[bytes]]:
         blobs = [to_bytes(outputs[name]) for name in self.outputs]
         rows = len(next(iter(outputs.values())))
-        if id or any(spec.dtype == "string" or -1 in spec.shape[1:] for spec in self.outputs.values()):
+        if id or not self._has_static_heads:
             return self._binary_head(id, outputs, blobs), blobs
         head = self._binary_heads.get(rows)
         if head is None:

@@ -30,14 +30,20 @@ _NUMPY = orjson.OPT_SERIALIZE_NUMPY
 
 
 def itemsize(spec: TensorSpec) -> int:
+    """Bytes of one element; 0 for texts.
+
+    Example:
+        >>> itemsize(TensorSpec(name="x", dtype="int64", shape=[-1, 2]))
+        8
+    """
     return 0 if spec.dtype == "string" else np.dtype(spec.dtype).itemsize
 
 
-def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> int:
-    """The number of rows.
+def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> None:
+    """Compare what a request says of a tensor with the signature.
 
     Raises:
-        InputError: The datatype or the shape is not the signature's.
+        InputError: The datatype or the shape is another one.
     """
     wanted = DATATYPES[spec.dtype]
     if datatype != wanted:
@@ -52,30 +58,43 @@ def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> int:
         raise InputError(f"input {spec.name!r}: want at least one row, got shape {shown(shape)}")
     if math.prod(shape) > _MAX_ELEMENTS:
         raise InputError(f"input {spec.name!r}: shape {shown(shape)} has more elements than a body can hold")
-    return shape[0]
 
 
 @functools.lru_cache(maxsize=256)
 def _float_packer(size: int) -> struct.Struct:
-    return struct.Struct(f"<{size}f")
+    return struct.Struct(f"={size}f")
 
 
-def floats(spec: TensorSpec, shape: list[int], rows: int, data: list[float]) -> np.ndarray:
-    if len(data) != math.prod(shape):
-        raise InputError(f"input {spec.name!r}: want {math.prod(shape)} numbers for shape {shape}, got {len(data)}")
-    try:
-        if len(data) <= _PACK_UP_TO:
-            return np.frombuffer(_float_packer(len(data)).pack(*data), dtype="<f4").reshape(shape)
+def pack_floats(values: list[float]) -> np.ndarray | None:
+    """Numbers as float32 [n]; None when one of them is too large for that."""
+    if len(values) > _PACK_UP_TO:
         with np.errstate(over="ignore"):
-            return np.array(data, dtype=np.float32).reshape(shape)  # too large becomes infinity: refused later
+            packed = np.array(values, dtype=np.float32)
+        return None if np.isinf(packed).any() else packed
+    try:
+        return np.frombuffer(_float_packer(len(values)).pack(*values), dtype=np.float32)
     except OverflowError:
-        raise InputError(f"input {spec.name!r}: has a number that FP32 cannot hold") from None
+        return None
 
 
 def read_binary(
     spec: TensorSpec, shape: list[int], parameters: Mapping[str, Any], rest: bytes, offset: int
 ) -> tuple[np.ndarray, int]:
-    """A tensor from the binary part, and where the next one begins."""
+    """A tensor from the binary part of a body.
+
+    Args:
+        spec: What the signature says; `check_shape` has passed.
+        shape: Of this request.
+        parameters: Of this tensor: `binary_data_size`.
+        rest: The body after its JSON.
+        offset: Where the tensor begins in it.
+
+    Returns:
+        The tensor, and where the next one begins.
+
+    Raises:
+        InputError: The bytes are too few, or not as many as the shape wants.
+    """
     size = parameters.get("binary_data_size")
     if type(size) is not int or size < 0:
         raise InputError(f"input {spec.name!r}: has neither data nor a binary_data_size in bytes, got {shown(size)}")
@@ -88,6 +107,8 @@ def read_binary(
     wanted = count * itemsize(spec)
     if size != wanted:
         raise InputError(f"input {spec.name!r}: want {wanted} bytes for shape {shape}, got {size}")
+    if spec.dtype == "bool":
+        return (np.frombuffer(rest, dtype=np.uint8, count=count, offset=offset) != 0).reshape(shape), end
     dtype = np.dtype(spec.dtype)
     if dtype.itemsize > 1 and offset % dtype.itemsize:
         return np.frombuffer(rest[offset:end], dtype=dtype).reshape(shape), end  # a copy: aligned
@@ -120,7 +141,16 @@ _JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def from_json(spec: TensorSpec, shape: list[int], rows: int, data: Any) -> np.ndarray:
+def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
+    """A tensor from JSON: flat or nested lists; null is a missing number except in an image.
+
+    Raises:
+        InputError: A value has another type, or there are more or fewer of them than the shape wants.
+
+    Example:
+        >>> from_json(TensorSpec(name="x", dtype="float32", shape=[-1, 2]), [2, 2], [[1, 2], [3, None]]).tolist()
+        [[1.0, 2.0], [3.0, nan]]
+    """
     if not isinstance(data, list):
         raise InputError(f"input {spec.name!r}: want data, a list, got {shown(data)}")
     values: list[Any] = []
@@ -134,12 +164,14 @@ def from_json(spec: TensorSpec, shape: list[int], rows: int, data: Any) -> np.nd
         raise InputError(f"input {spec.name!r}: want {math.prod(shape)} {noun} for shape {shape}, got {len(values)}")
     if spec.dtype == "string":
         return np.array(values, dtype=object).reshape(shape)
-    if spec.dtype == "float32" and None not in values:
-        return floats(spec, shape, rows, values)
     try:
-        return np.array(values, dtype=spec.dtype).reshape(shape)  # None becomes NaN: missing
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype=spec.dtype).reshape(shape)  # None becomes NaN: missing
     except OverflowError:
-        raise InputError(f"input {spec.name!r}: has a number that {DATATYPES[spec.dtype]} cannot hold") from None
+        array = None
+    if array is None or (array.dtype.kind == "f" and np.isinf(array).any()):
+        raise InputError(f"input {spec.name!r}: has a number that {DATATYPES[spec.dtype]} cannot hold")
+    return array
 
 
 def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) -> None:
@@ -153,6 +185,7 @@ def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) ->
 
 
 def to_bytes(values: np.ndarray) -> bytes:
+    """A tensor's bytes; texts with their length before each."""
     if values.dtype != object:
         return values.tobytes()
     encoded = [str(value).encode() for value in values.reshape(-1)]
@@ -160,11 +193,17 @@ def to_bytes(values: np.ndarray) -> bytes:
 
 
 def to_json(values: np.ndarray) -> bytes:
+    """A tensor's flat JSON list; what is not finite becomes null."""
     flat = values.reshape(-1)
     return orjson.dumps(flat.tolist() if values.dtype == object else np.ascontiguousarray(flat), option=_NUMPY)
 
 
 def as_object(value: Any, place: str) -> dict[str, Any]:
+    """An optional JSON object.
+
+    Raises:
+        InputError: It is something else.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -173,5 +212,6 @@ def as_object(value: Any, place: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
+    """A value in an error, shortened."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

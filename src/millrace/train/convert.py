@@ -75,7 +75,7 @@ def convert_booster(booster: lightgbm.Booster, features: int) -> tuple[onnx.Mode
                 float32_thresholds(booster),
                 initial_types=[(INPUT, BoosterFloats([None, features]))],
                 zipmap=False,
-                target_opset={"": BOOSTER_OPSET, "ai.onnx.ml": ML_OPSET},
+                target_opset=BOOSTER_OPSET,  # a number: it refuses the mapping it documents
             )
     except _FAILURES as error:
         cause = " ".join(str(error).split())[:200]
@@ -102,7 +102,7 @@ def float32_thresholds(booster: lightgbm.Booster) -> lightgbm.Booster:
         if line.startswith("threshold="):
             line = "threshold=" + " ".join(repr(_floor32(float(text))) for text in line[10:].split())
         lines.append(line)
-    return lightgbm.Booster(model_str="\n".join(lines) + "\n", params={"verbose": -1})
+    return lightgbm.Booster(model_str="\n".join(lines) + "\n")
 
 
 def _floor32(value: float) -> float:

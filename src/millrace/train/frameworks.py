@@ -157,14 +157,15 @@ def fit_boosting(table: Table) -> FittedBooster:
     rounds = int(params.pop("n_estimators", _ROUNDS))
     rows = len(table.features)
     settings = {**_objective(table), **_fixed(table, rows), **params}
-    held_out = table.validation_features
-    has_validation = held_out is not None and len(held_out) > 0
-    train_set = lightgbm.Dataset(table.features, table.answers, weight=table.weights, free_raw_data=False)
+    answers = np.ascontiguousarray(table.answers)  # LightGBM warns about slices
+    train_set = lightgbm.Dataset(np.ascontiguousarray(table.features), answers, weight=table.weights)
     curves: dict[str, dict[str, list[float]]] = {}
     callbacks: list[Callable[..., Any]] = [lightgbm.record_evaluation(curves)]
     sets, names = [train_set], ["train"]
-    if has_validation:
-        sets.append(lightgbm.Dataset(held_out, table.validation_answers, reference=train_set))
+    held_out, held_answers = table.validation_features, table.validation_answers
+    if held_out is not None and held_answers is not None and len(held_out):
+        held_out, held_answers = np.ascontiguousarray(held_out), np.ascontiguousarray(held_answers)
+        sets.append(lightgbm.Dataset(held_out, held_answers, reference=train_set))
         names.append("validation")
         callbacks.append(lightgbm.early_stopping(_PATIENCE, verbose=False))
     try:

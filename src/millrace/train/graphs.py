@@ -17,6 +17,7 @@ from millrace.train.preprocess import PREFIX, Preprocess, prefix_nodes
 
 OPSET = 17
 ML_OPSET = 3
+IR_VERSION = 8  # of opset 17
 CORE = "model/"
 SUFFIX = "postprocess/"
 PREFIX_KEY = "millrace.preprocess_nodes"
@@ -97,11 +98,12 @@ def assemble(
         [*prefix.initializers, *graph.initializer, *constants],
     )
     opsets = {entry.domain: entry.version for entry in core.opset_import}
-    opsets = {"": opsets.get("", OPSET), "ai.onnx.ml": opsets.get("ai.onnx.ml", ML_OPSET)}
+    # converters name the oldest version that would do; the nodes before and after need 17
+    opsets = {"": max(opsets.get("", OPSET), OPSET), "ai.onnx.ml": opsets.get("ai.onnx.ml", ML_OPSET)}
     model = helper.make_model(
         whole,
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
-        ir_version=min(core.ir_version, 10),
+        ir_version=IR_VERSION if opsets[""] == OPSET else core.ir_version,
         producer_name="millrace",
     )
     untouched = [node.name for node in [*prefix.nodes, *suffix]]

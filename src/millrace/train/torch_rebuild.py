@@ -44,7 +44,7 @@ def export_weights(
     """
     torch.set_num_threads(ctx.threads)
     model = read_model_file(folder)
-    _, context = open_context(spec, ctx, reader)
+    context = open_context(spec, ctx, reader)
     torch.default_generator.manual_seed(ctx.seed)
     module = load_function(model.reference, ctx.project_dir)(context)
     if not isinstance(module, nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -19,7 +21,7 @@ from millrace.core.ids import digest_json
 from millrace.core.ports import Context
 from millrace.core.spec import Spec, Train
 from millrace.formats.dataset import DatasetReader, Manifest
-from millrace.formats.feed import Feed
+from millrace.formats.feed import Feed, open_feed
 from millrace.stats.metrics import METRICS, chosen_metrics, score
 from millrace.train.checkpoint import CheckpointStore
 from millrace.train.class_weights import class_weights
@@ -106,7 +108,7 @@ def train_torch(spec: Spec, ctx: Context, reader: DatasetReader, folder: Path) -
     torch.backends.cudnn.deterministic = True
     device = _device(spec.train, ctx)
     function = load_function(spec.train.model, ctx.project_dir)
-    preprocess, context = open_context(spec, ctx, reader, device)
+    context = open_context(spec, ctx, reader, device)
     torch.default_generator.manual_seed(ctx.seed)
     made = function(context)
     if not isinstance(made, nn.Module):
@@ -114,15 +116,16 @@ def train_torch(spec: Spec, ctx: Context, reader: DatasetReader, folder: Path) -
     if is_full_control(spec.train.model):
         state = State()
         answer = _answer(reader.manifest, Target())
-        _write_own(made.to("cpu").eval(), spec, context, answer, reader, folder, preprocess)
+        _write_own(made.to("cpu").eval(), spec, context, answer, reader, folder)
         resumed_from = None
     else:
         target = _target(reader.manifest, context)
         answer = _answer(reader.manifest, target or Target())
-        trainer = _trainer(made.to(device), spec, ctx, context, target, preprocess)
-        state, resumed_from = trainer.run(), trainer.resumed_from
+        with _logging(spec.train, ctx) as log:
+            trainer = _trainer(made.to(device), spec, ctx, context, target, log)
+            state, resumed_from = trainer.run(), trainer.resumed_from
         (folder / WEIGHTS).write_bytes(save(_plain(made.state_dict())))
-        write_model_file(folder, _model_file(spec, "weights", preprocess, answer))
+        write_model_file(folder, _model_file(spec, "weights", context, answer))
     return TrainFacts(
         framework="torch",
         model=spec.train.model,
@@ -138,13 +141,10 @@ def train_torch(spec: Spec, ctx: Context, reader: DatasetReader, folder: Path) -
     )
 
 
-def open_context(
-    spec: Spec, ctx: Context, reader: DatasetReader, device: str = "cpu"
-) -> tuple[Preprocess, ModelContext]:
-    """The preprocessing and what the user's function is given; the same in `train` and `export`."""
-    bare = ModelContext(spec, ctx, reader, Preprocess(pixels=1), device)
-    preprocess = plan_preprocess(reader.manifest, bare.feed("train").arrays)
-    return preprocess, ModelContext(spec, ctx, reader, preprocess, device)
+def open_context(spec: Spec, ctx: Context, reader: DatasetReader, device: str = "cpu") -> ModelContext:
+    """What the user's function is given; the same in `train` and `export`."""
+    feed = open_feed(reader.folder, "train", ctx.scratch / "feed")
+    return ModelContext(spec, ctx, reader, plan_preprocess(reader.manifest, feed.arrays), device)
 
 
 def _device(train: Train, ctx: Context) -> str:
@@ -172,10 +172,17 @@ def _answer(manifest: Manifest, target: Target) -> Answer:
     return Answer(kind="value", mean=target.mean, sd=target.sd)
 
 
-def _model_file(spec: Spec, holds: str, preprocess: Preprocess, answer: Answer, exporter: str = "") -> ModelFile:
-    value = {"framework": "torch", "reference": spec.train.model, "holds": holds, "exporter": exporter}
-    plain = {**value, "preprocess": msgspec.to_builtins(preprocess), "answer": msgspec.to_builtins(answer)}
-    return msgspec.convert(plain, ModelFile)
+def _model_file(
+    spec: Spec, holds: Literal["weights", "graph"], context: ModelContext, answer: Answer, exporter: str = ""
+) -> ModelFile:
+    return ModelFile(
+        framework="torch",
+        reference=spec.train.model,
+        holds=holds,
+        preprocess=context.preprocess,
+        answer=answer,
+        exporter=exporter,
+    )
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,10 +190,14 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _trainer(
-    module: nn.Module, spec: Spec, ctx: Context, context: ModelContext, target: Target | None, preprocess: Preprocess
+    module: nn.Module,
+    spec: Spec,
+    ctx: Context,
+    context: ModelContext,
+    target: Target | None,
+    log: Callable[[str, float, int], None],
 ) -> Trainer:
-    device = context.device
-    rows = TensorRows(context.feed("train"), preprocess, target, device)
+    rows = TensorRows(context.feed("train"), context.preprocess, target, context.device)
     if rows.rows == 0:
         raise DataError("the training split has no rows", hint="lower data.split.test or data.split.validation")
     loss = make_loss(spec.train, context, np.asarray(context.feed("train").labels))
@@ -196,30 +207,36 @@ def _trainer(
             msgspec.to_builtins(spec.train),
             ctx.seed,
             rows.rows,
-            msgspec.to_builtins(preprocess),
+            msgspec.to_builtins(context.preprocess),
             [[name, list(tensor.shape)] for name, tensor in module.state_dict().items()],
         ]
     )
     hooks = Hooks(
         loss=loss,
-        validate=_validator(context, preprocess, target, loss, metric),
-        log=_logger(spec.train, ctx),
+        validate=_validator(context, target, loss, metric),
+        log=log,
         metric=metric,
         higher_is_better=METRICS[metric].higher_is_better,
     )
     return Trainer(module, rows, spec.train, ctx, hooks, CheckpointStore(ctx.checkpoints, fingerprint))
 
 
-def _logger(train: Train, ctx: Context) -> Callable[[str, float, int], None]:
+@contextlib.contextmanager
+def _logging(train: Train, ctx: Context) -> Iterator[Callable[[str, float, int], None]]:
+    """Points go to the run and, when the spec wants it, to TensorBoard's event files beside the spec."""
     if not train.tensorboard:
-        return ctx.log_metric
+        yield ctx.log_metric
+        return
     board = extras.load("millrace.train.tensorboard:TensorBoard")(ctx.project_dir / "tensorboard")
 
     def log(name: str, value: float, step: int) -> None:
         ctx.log_metric(name, value, step)
         board.scalar(name, value, step)
 
-    return log
+    try:
+        yield log
+    finally:
+        board.close()
 
 
 def make_loss(
@@ -259,13 +276,12 @@ def make_loss(
 
 def _validator(
     context: ModelContext,
-    preprocess: Preprocess,
     target: Target | None,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     metric: str,
 ) -> Callable[[nn.Module], Validation | None]:
     feed = context.feed("validation")
-    rows = TensorRows(feed, preprocess, target, context.device)
+    rows = TensorRows(feed, context.preprocess, target, context.device)
     labels = np.asarray(feed.labels)
     answer = Answer(kind="logits") if target is None else Answer(kind="value", mean=target.mean, sd=target.sd)
 
@@ -284,17 +300,11 @@ def _validator(
 
 
 def _write_own(
-    module: nn.Module,
-    spec: Spec,
-    context: ModelContext,
-    answer: Answer,
-    reader: DatasetReader,
-    folder: Path,
-    preprocess: Preprocess,
+    module: nn.Module, spec: Spec, context: ModelContext, answer: Answer, reader: DatasetReader, folder: Path
 ) -> None:
     """A module that the user trained cannot be rebuilt later: its graph is made now."""
     target = None if context.task == "classification" else Target()
-    expected = answer.finish(predict(module, TensorRows(context.feed("test"), preprocess, target, "cpu")))
-    core, exporter = core_graph(module, preprocess.shape)
-    write_graph(folder, assemble(core, reader.signature_inputs(), preprocess, answer), expected)
-    write_model_file(folder, _model_file(spec, "graph", preprocess, answer, exporter))
+    expected = answer.finish(predict(module, TensorRows(context.feed("test"), context.preprocess, target, "cpu")))
+    core, exporter = core_graph(module, context.preprocess.shape)
+    write_graph(folder, assemble(core, reader.signature_inputs(), context.preprocess, answer), expected)
+    write_model_file(folder, _model_file(spec, "graph", context, answer, exporter))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from millrace.core.ports import Context
 from millrace.core.spec import Spec
 from millrace.formats.dataset import DatasetReader
 from millrace.formats.feed import Feed, open_feed
+from millrace.train.code_digest import code_digests
 from millrace.train.preprocess import Preprocess
 
 
@@ -44,6 +45,7 @@ def load_function(reference: str, project_dir: Path) -> Callable[..., Any]:
     path = (project_dir / file).resolve()
     if not path.is_file():
         raise NotFoundError(f"train.model: there is no file {file} in {project_dir}", hint="correct the name")
+    _make_importable([project_dir.resolve(), path.parent], code_digests(file, project_dir))
     module = _load_module(path, file)
     function = getattr(module, name, None)
     if not callable(function):
@@ -54,10 +56,27 @@ def load_function(reference: str, project_dir: Path) -> Callable[..., Any]:
     return function
 
 
+_FOLDERS: set[str] = set()  # from which this process has loaded users' code
+
+
+def _make_importable(folders: list[Path], files: Iterable[str]) -> None:
+    """Put the folders first, and forget equally named files of other folders or of an earlier state."""
+    _FOLDERS.update(str(folder) for folder in folders)
+    for folder in map(str, folders):
+        sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
+    names = {part for file in files for part in _module_names(file)}
+    for name in names & sys.modules.keys():
+        if str(Path(getattr(sys.modules[name], "__file__", None) or "/").parent).startswith(tuple(_FOLDERS)):
+            del sys.modules[name]
+
+
+def _module_names(file: str) -> Iterable[str]:
+    """`a/b.py` may be imported as `a.b`, or as `b` from its own folder."""
+    parts = [part for part in file.removesuffix(".py").split("/") if part != "__init__"]
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
 def _load_module(path: Path, file: str) -> ModuleType:
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # for its local imports
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} cannot be imported: want a .py file")
@@ -99,12 +118,13 @@ class ModelContext:
         threads: How many threads to use.
         checkpoints: A folder that survives kills of this step, for `train(ctx)`.
         train: The spec's `train` section.
+        preprocess: How raw tensors become features.
     """
 
     def __init__(self, spec: Spec, ctx: Context, reader: DatasetReader, preprocess: Preprocess, device: str) -> None:
         manifest = reader.manifest
         self._ctx = ctx
-        self._preprocess = preprocess
+        self.preprocess = preprocess
         self._folder = reader.folder
         self.train = spec.train
         self.seed = ctx.seed
@@ -136,7 +156,7 @@ class ModelContext:
             indices or float32 values.
         """
         feed = self.feed(split)
-        return self._preprocess.transform(feed.arrays), np.array(feed.labels)
+        return self.preprocess.transform(feed.arrays), np.array(feed.labels)
 
     @property
     def cancelled(self) -> bool:
