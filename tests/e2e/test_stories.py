@@ -57,6 +57,7 @@ def test_again_is_cached_and_a_change_says_why(small: Path) -> None:
     assert bundle_digest(small) == digest
     plan = json.loads(run_millrace(small, "run", "--dry-run", "--json", "--set", "train.seed=1").stdout)
     steps = {step["name"]: step for step in plan["steps"]}
+    assert steps["data"]["action"] == "cached"
     assert "seed 0 → 1" in steps["train"]["reason"]
     assert steps["export"]["action"] == "run"
 

@@ -171,6 +171,7 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
         tensors, inputs = _seeded(session)
         signature = _signature(session, inputs, "label", [])
     golden = {key: value[:GOLDEN_ROWS] for key, value in tensors.items()}
+    services.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=services.home) as folder:
         contents = BundleContents(
             model=path, variants={}, signature=signature, metrics=[], lineage={"file": path.name}, guarantees={},

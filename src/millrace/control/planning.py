@@ -190,8 +190,8 @@ class KeyMaker:
     def parts(self, plan: StepPlan, inputs: Mapping[str, Artifact]) -> dict[str, str]:
         """The named parts of a step's key, given the artifacts it will read."""
         parts = {f"input {name}": artifact.digest for name, artifact in sorted(inputs.items())}
-        parts["seed"] = str(self._spec.train.seed)
         if plan.stage == USER_STAGE:
+            parts["seed"] = str(self._spec.train.seed)
             parts["stage"] = "user/1"
             parts["uses"] = plan.params["uses"]
             parts.update(flatten(plan.params["values"], "params"))
@@ -201,6 +201,7 @@ class KeyMaker:
         parts["stage"] = f"{stage.name}/{stage.version}"
         parts["threads"] = str(self._spec.train.threads)
         if "train" in stage.sections:
+            parts["seed"] = str(self._spec.train.seed)
             parts["device"] = resolve_device(self._spec.train.device)
         for section in stage.sections:
             parts.update(flatten(section_value(getattr(self._spec, section)), section))

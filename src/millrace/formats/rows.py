@@ -114,9 +114,9 @@ def _slow_tensor(spec: TensorSpec, rows: list[Any], instances: Sequence[Any]) ->
     result: list[Any] = []
     for index, row in enumerate(rows):
         instance = instances[index]
-        by_tensor = not isinstance(instance, Mapping) or spec.name in instance
+        by_tensor = not isinstance(instance, Mapping) or instance.get(spec.name) is row
         place = f"instances[{index}]" + (f".{spec.name}" if by_tensor and isinstance(instance, Mapping) else "")
-        values = _flat(row, place, len(tail))
+        values = _flat(row, place, 0) if by_tensor else row
         wanted = math.prod(tail) if -1 not in tail else len(values)
         if len(values) != wanted:
             raise InputError(f"{place}: want {wanted} {_noun(spec)}, got {len(values)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _read_expected(folder: Path) -> np.ndarray:
     try:
         with np.load(folder / EXPECTED, allow_pickle=False) as stored:
             return stored["expected"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"the model has no readable {EXPECTED}") from error
 
 

@@ -205,7 +205,11 @@ def _curve(curves: dict[str, dict[str, list[float]]]) -> list[EpochFacts]:
     held_out = next(iter(curves.get("validation", {}).values()), [])
     every = max(1, -(-len(losses) // _CURVE_POINTS))
     return [
-        EpochFacts(epoch=index + 1, loss=losses[index], validation_loss=held_out[index] if held_out else None)
+        EpochFacts(
+            epoch=index + 1,
+            loss=float(losses[index]),
+            validation_loss=float(held_out[index]) if held_out else None,
+        )
         for index in range(0, len(losses), every)
     ]
 
