@@ -78,7 +78,7 @@ class Cost(Struct, frozen=True, kw_only=True):
 
 
 def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, budget_s: float = 0.1) -> Cost:
-    """Time calls of 1 and of `max_batch` rows.
+    """Time calls of 1 row and, where that is quick, of `max_batch` rows.
 
     Args:
         infer: The model.
@@ -87,24 +87,27 @@ def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, bu
         budget_s: Stop repeating after so long.
 
     Returns:
-        The line through the quickest of each: noise only ever adds.
+        The line through the quickest of each: noise only ever adds. A slow model is taken to cost as
+        much per row: being ready matters more than knowing better.
 
     Raises:
         MillraceError: The model failed.
     """
     one = {name: values[:1] for name, values in sample.items()}
-    many = {name: np.repeat(values[:1], max_batch, axis=0) for name, values in sample.items()}
     single_s = _quickest(infer, one, budget_s / 2)
-    if max_batch == 1:
-        return Cost(base_s=single_s, per_row_s=0.0)
+    if max_batch == 1 or single_s > TICK_LIMIT_S:
+        return Cost(base_s=0.0, per_row_s=single_s)
+    many = {name: np.repeat(values[:1], max_batch, axis=0) for name, values in sample.items()}
     per_row_s = max(0.0, (_quickest(infer, many, budget_s / 2) - single_s) / (max_batch - 1))
     return Cost(base_s=max(0.0, single_s - per_row_s), per_row_s=per_row_s)
 
 
 def _quickest(infer: Infer, tensors: Mapping[str, np.ndarray], budget_s: float) -> float:
-    quickest = float("inf")
-    infer(tensors)  # the first call of a shape allocates
     begin = time.perf_counter()
+    infer(tensors)  # the first call of a shape allocates
+    quickest = time.perf_counter() - begin
+    if quickest > budget_s:
+        return quickest
     for _ in range(30):
         start = time.perf_counter()
         infer(tensors)
@@ -170,13 +173,13 @@ class Batcher:
             self._is_scheduled = True
             self._call_soon(self._flush)
 
-    def close(self) -> None:
-        """Stop the threads once their queue is empty."""
+    def close(self, wait_s: float = 5.0) -> None:
+        """Stop the threads once their queue is empty; a call that takes longer than `wait_s` is left behind."""
         with self._ready:
             self._is_closed = True
             self._ready.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(wait_s)
 
     def _flush(self) -> None:
         self._is_scheduled = False
@@ -219,7 +222,11 @@ class Batcher:
                     return
                 batch = _take(self._thread_queue, self.max_batch)
             if batch:
-                self._call_from_thread(self.finish, batch, self._execute(batch))
+                calls = self._execute(batch)
+                try:
+                    self._call_from_thread(self.finish, batch, calls)
+                except RuntimeError:
+                    return  # the loop is closed: the drain's time was up
 
     # ------------------------------------------------------------------ one batch
 

@@ -143,7 +143,7 @@ class _Server:
         await self._accept_rest(server, spare)
         is_clean = await self._finish_in_flight()
         ticker.cancel()
-        self.plane.batcher.close()
+        self.plane.batcher.close(wait_s=5.0 if is_clean else 0.0)
         self.service.abort()
         if self.pump is not None:
             self.pump.finish()

@@ -54,6 +54,7 @@ def convert_estimator(estimator: Any, features: int, is_classifier: bool) -> tup
             f"{type(estimator).__name__} cannot be converted to ONNX: {cause}",
             hint="use an estimator that skl2onnx supports (linear models, forests, SVC, MLP, …) or LightGBM",
         ) from error
+    assert isinstance(graph, onnx.ModelProto)
     return graph, _answer_output(graph)
 
 
@@ -80,6 +81,7 @@ def convert_booster(booster: lightgbm.Booster, features: int) -> tuple[onnx.Mode
     except _FAILURES as error:
         cause = " ".join(str(error).split())[:200]
         raise StageError(f"the LightGBM model cannot be converted to ONNX: {cause}") from error
+    assert isinstance(graph, onnx.ModelProto)
     return graph, _answer_output(graph)
 
 

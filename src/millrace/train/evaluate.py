@@ -65,7 +65,7 @@ def evaluate(spec: Spec, ctx: Context) -> dict[str, Any]:
     stored = {"expected": found.expected, "answers": found.answers}
     if found.probabilities is not None:
         stored["probabilities"] = found.probabilities
-    np.savez(folder / "test.npz", **stored)
+    np.savez(folder / "test.npz", **stored)  # pyright: ignore[reportArgumentType]
     ctx.output("predictions", folder)
     facts = make_facts(reader, found, names, spec.evaluate)
     for value in facts.metrics:

@@ -25,7 +25,7 @@ def _classic(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
     torch.onnx.export(
         module,
         (example,),
-        stream,
+        stream,  # pyright: ignore[reportArgumentType] - the classic exporter writes to streams
         dynamo=False,
         input_names=[INPUT],
         output_names=[OUTPUT],
@@ -79,7 +79,7 @@ def core_graph(
                 warnings.simplefilter("ignore", DeprecationWarning)  # classic is called legacy; it is wanted here
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", UserWarning)
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # what was traced is verified on real rows
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage] - what was traced is verified on real rows
                 made = exporter(module, example), name
         except _FAILURES as error:
             causes.append(f"{name}: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}")
