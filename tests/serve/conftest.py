@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -139,6 +141,12 @@ def make_bundle(
         },
     )  # fmt: skip
     return write_bundle(folder / "bundle", contents)
+
+
+@pytest.fixture(scope="session")
+def kit() -> ModuleType:
+    """This module: tests cannot import a conftest."""
+    return sys.modules[__name__]
 
 
 @pytest.fixture(scope="session")
