@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_every_job_gets_exactly_its_rows(sizes: list[int], bad: set[int], max_ba
 def test_the_calibration_measures_both_ends() -> None:
     infer = Doubler()
     cost = calibrate(infer, {"x": np.ones((1, 1), np.float32)}, max_batch=16)
-    assert set(infer.batches) == {1, 16}
+    assert set(infer.batches) == {1, 2, 4, 8, 16}
     assert cost.is_inline
     assert cost.predict_s(16) >= cost.predict_s(1) >= 0
     assert not SLOW.is_inline
@@ -226,3 +227,35 @@ def test_one_connection_does_not_take_the_whole_queue() -> None:
     assert refusal is not None
     assert refusal.status == 429
     assert admission.admit(1, held_by_connection=0) is None
+
+
+def test_a_batch_is_no_larger_than_where_a_row_is_cheapest() -> None:
+    """Some graphs fall out of the cache: then larger calls only make everybody wait."""
+
+    def infer(tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        rows = len(tensors["x"])
+        busy_until = time.perf_counter() + (40e-6 * rows if rows <= 2 else 200e-6 * rows)
+        while time.perf_counter() < busy_until:
+            pass
+        return {"y": tensors["x"]}
+
+    cost = calibrate(infer, {"x": np.ones((1, 1), np.float32)}, max_batch=8)
+    assert cost.best_rows in (1, 2)
+    seen = Doubler()
+    jobs = [Collected([float(i)]) for i in range(6)]
+    run(jobs, seen, Cost(base_s=1e-6, per_row_s=1e-8, best_rows=2))
+    assert seen.batches == [2, 2, 2]
+
+
+def test_a_slow_model_is_ready_after_one_call() -> None:
+    seen: list[int] = []
+
+    def infer(tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        seen.append(len(tensors["x"]))
+        time.sleep(0.03)
+        return {"y": tensors["x"]}
+
+    cost = calibrate(infer, {"x": np.ones((1, 1), np.float32)}, max_batch=8)
+    assert set(seen) == {1}
+    assert not cost.is_inline
+    assert cost.best_rows is None

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.formats.signature import Signature, TensorSpec
-from millrace.stats.drift import as_distance, build_reference, hellinger, judge
+from millrace.stats.calibration import as_distance, hellinger
+from millrace.stats.drift import build_reference, judge
 from millrace.stats.histogram import Feature, Histograms, Layout, edges_of, layout_from_reference
 
 FEATURES = 20

@@ -69,7 +69,11 @@ class Session:
         """Let go of the home."""
         if self._transport is not None:
             transport, self._transport = self._transport, None
-            transport.close()
+            try:
+                transport.close()
+            except MillraceError as error:
+                # What was promised is durable already; events that could not be sealed are sealed next time.
+                click.echo(f"warning: {error.message}", err=True)
 
     def print_json(self, value: Any) -> None:
         """One JSON document on stdout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,9 @@ FLUSH_S = 0.25
 
 
 class Tracker:
-    """A run of the user's own script. Use from one thread, or one tracker per thread.
+    """A run of the user's own script. Thread-safe.
 
-    Points reach the store in batches: at most 0.75 s of them are lost on kill -9, none on exit.
+    Points reach the store in batches: at most a second of them is lost on kill -9, none on exit.
     """
 
     def __init__(self, transport: Transport, *, name: str, params: dict[str, Any], project: str) -> None:
@@ -26,9 +27,11 @@ class Tracker:
         run = transport.call("run.track", {"name": name, "params": params, "project": project})
         self.id: str = run.id
         self._points: list[MetricPoint] = []
-        self._flushed_at = time.monotonic()
+        self._lock = threading.Lock()
         self._steps: dict[str, int] = {}
-        self._ended = False
+        self._stop = threading.Event()
+        # A script that pauses logs nothing more by itself: what it logged must not wait for its next point.
+        threading.Thread(target=self._flush_regularly, name="tracker", daemon=True).start()
         atexit.register(self.end)
 
     def log_metric(self, name: str, value: float, step: int | None = None) -> None:
@@ -39,11 +42,13 @@ class Tracker:
             value: A number; NaN and infinities are kept.
             step: Counts up by itself per metric when absent.
         """
-        if step is None:
-            step = self._steps.get(name, -1) + 1
-        self._steps[name] = step
-        self._points.append(MetricPoint(self.id, name, step, float(value), time.time()))
-        if len(self._points) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_S:
+        with self._lock:
+            if step is None:
+                step = self._steps.get(name, -1) + 1
+            self._steps[name] = step
+            self._points.append(MetricPoint(self.id, name, step, float(value), time.time()))
+            is_full = len(self._points) >= FLUSH_POINTS
+        if is_full:
             self.flush()
 
     def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
@@ -66,16 +71,20 @@ class Tracker:
 
     def flush(self) -> None:
         """Hand the points over now."""
-        if self._points:
+        with self._lock:
             points, self._points = self._points, []
+        if points:
             self._transport.call("run.log", {"run": self.id, "points": points})
-        self._flushed_at = time.monotonic()
+
+    def _flush_regularly(self) -> None:
+        while not self._stop.wait(FLUSH_S):
+            self.flush()
 
     def end(self, state: str = "succeeded", error: dict[str, Any] | None = None) -> None:
         """End the run; called by the `with` block and at exit."""
-        if self._ended:
+        if self._stop.is_set():
             return
-        self._ended = True
+        self._stop.set()
         self.flush()
         self._transport.call("run.end", {"run": self.id, "state": state, "error": error})
         atexit.unregister(self.end)

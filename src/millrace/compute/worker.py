@@ -1,51 +1,56 @@
-"""What runs inside a worker process: the step's context, and how its end is told."""
+"""What runs inside a worker process: its set-up, the step's context, and how its end is told."""
 
 from __future__ import annotations
 
-import errno
-import logging
+import contextlib
+import faulthandler
 import os
 import random
 import shutil
 import signal
 import sys
-import threading
-import time
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
+import numpy.random  # numpy imports it lazily: 25 ms in every worker, if not in the fork server
 
-from millrace.compute.link import WorkerLink
+from millrace.compute.faults import describe_exception
+from millrace.compute.limits import thread_environment
+from millrace.compute.link import Channel, Order
+from millrace.compute.outbox import WorkerLink, end_session, peak_bytes
+from millrace.compute.processes import die_with_parent
 from millrace.core import extras
-from millrace.core.errors import DiskFullError, MillraceError, NotFoundError, StageError, StepMemoryError
-from millrace.core.ports import Blobs, HeartbeatFrame, MetricsFrame, OutputFrame, ProgressFrame, Work, WorkResult
+from millrace.core.errors import CancelledError, NotFoundError, StageError
+from millrace.core.ports import Blobs, Work, WorkResult
 from millrace.core.spec import Spec
 from millrace.core.spec_errors import decode_hook
-from millrace.core.types import TREE_MEDIA_TYPE, Artifact, MetricPoint
+from millrace.core.types import TREE_MEDIA_TYPE, Artifact
 
-HEARTBEAT_S = 0.5
-FLUSH_S = 0.2
-FLUSH_POINTS = 500
-PROGRESS_S = 0.1
-log = logging.getLogger(__name__)
+__all__ = ["WorkerContext", "WorkerLink", "run_stage", "run_worker"]
 
 
 class WorkerContext:
-    """Implements `core.ports.Context`."""
+    """Implements `core.ports.Context`. Thread-safe, as its link is.
+
+    Args:
+        work: The step.
+        link: To its driver.
+        blobs: Where inputs come from and outputs go.
+    """
 
     def __init__(self, work: Work, link: WorkerLink, blobs: Blobs) -> None:
         self._work, self._link, self._blobs = work, link, blobs
-        self._points: list[MetricPoint] = []
-        self._flushed_at = time.monotonic()
-        self._progress_at = 0.0
-        self._lock = threading.Lock()
-        self.outputs: dict[str, Artifact] = {}
-        root = Path(work.scratch_dir)
+        home = Path(work.home_dir or ".")
+        root = Path(work.scratch_dir) if work.scratch_dir else home / "scratch" / "steps" / work.step_id
+        self._trees = home / "scratch" / "trees"
         self._scratch, self._checkpoints = root / "tmp", root / "checkpoints"
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(parents=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)  # of an attempt that was killed
+        self._scratch.mkdir(parents=True, exist_ok=True)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -75,7 +80,7 @@ class WorkerContext:
 
     @property
     def checkpoints(self) -> Path:
-        """A folder that survives kills."""
+        """A folder that survives kills of this step."""
         return self._checkpoints
 
     @property
@@ -85,150 +90,185 @@ class WorkerContext:
 
     @property
     def cancelled(self) -> bool:
-        """True after SIGTERM."""
-        return _cancelled.is_set()
+        """True once the run is being cancelled: save a checkpoint and return."""
+        return self._link.cancelled
+
+    def clean(self, has_succeeded: bool) -> None:
+        """Remove the scratch folder; after success the checkpoints with it."""
+        shutil.rmtree(self._scratch.parent if has_succeeded else self._scratch, ignore_errors=True)
 
     def has_input(self, name: str) -> bool:
-        """Whether an input was given."""
+        """Whether an optional input was given."""
         return name in self._work.inputs
 
     def input(self, name: str) -> Path:
-        """A verified read-only file, or folder for a tree."""
+        """A verified read-only file, or folder for a tree (one per home and digest, shared by steps).
+
+        Raises:
+            NotFoundError: The step has no such input.
+            CorruptError: The stored bytes are not what they must be.
+        """
         artifact = self._work.inputs.get(name)
         if artifact is None:
-            known = ", ".join(sorted(self._work.inputs)) or "none"
-            raise NotFoundError(f"step {self._work.name} has no input {name!r}", hint=f"its inputs: {known}")
-        if artifact.media_type == TREE_MEDIA_TYPE:
-            folder = Path(self._work.home_dir) / "scratch" / "trees" / artifact.digest.replace(":", "-")
-            return self._blobs.materialize(artifact.digest, folder)
-        return self._blobs.path(artifact.digest)
+            given = ", ".join(sorted(self._work.inputs)) or "none"
+            raise NotFoundError(f"step {self._work.name} has no input {name!r}", hint=f"its inputs: {given}")
+        if artifact.media_type != TREE_MEDIA_TYPE:
+            return self._blobs.path(artifact.digest)
+        self._trees.mkdir(parents=True, exist_ok=True)
+        return self._blobs.materialize(artifact.digest, self._trees / artifact.digest.replace(":", "-"))
 
     def output(self, name: str, path: Path) -> Artifact:
-        """Store a file or folder."""
+        """Store a file or folder as the step's output `name`, durably, and tell the driver."""
         artifact = self._blobs.put_tree(path) if path.is_dir() else self._blobs.put(path)
-        self.outputs[name] = artifact
-        self._link.send(OutputFrame(name=name, artifact=artifact))
+        self._link.output(name, artifact)
         return artifact
 
     def log_metric(self, name: str, value: float, step: int = 0) -> None:
-        """One point; sent in batches."""
-        with self._lock:
-            self._points.append(MetricPoint(self._work.run_id, name, step, float(value), time.time()))
-            if len(self._points) < FLUSH_POINTS and time.monotonic() - self._flushed_at < FLUSH_S:
-                return
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what is held back."""
-        with self._lock:
-            points, self._points = self._points, []
-            self._flushed_at = time.monotonic()
-        if points:
-            self._link.send(MetricsFrame(points=points))
+        """Record one point; cheap, sent in batches."""
+        self._link.log_metric(name, value, step)
 
     def progress(self, done: float, total: float, text: str = "") -> None:
-        """At most ten times a second, and always the last."""
-        now = time.monotonic()
-        if now - self._progress_at >= PROGRESS_S or done >= total:
-            self._progress_at = now
-            self._link.send(ProgressFrame(done=float(done), total=float(total), text=text))
-
-
-_cancelled = threading.Event()
+        """Say how far the step is; at most ten times a second are sent, always the newest."""
+        self._link.progress(done, total, text)
 
 
 def run_stage(work: Work, link: WorkerLink, blobs: Blobs) -> dict[str, Any]:
-    """Run the step's function with its spec and context; facts and outputs.
+    """Call the work's function with its spec and a context.
+
+    Args:
+        work: What to run.
+        link: To the driver.
+        blobs: The home's blobs.
 
     Returns:
-        `{"facts": …, "outputs": …}`.
+        The facts that the function has returned.
+
+    Raises:
+        StageError: It returned something else.
     """
+    stage = extras.load(work.implementation)
     spec = msgspec.json.decode(work.spec, type=Spec, dec_hook=decode_hook)
     context = WorkerContext(work, link, blobs)
-    stage = extras.load(work.implementation)
-    try:
-        facts = stage(spec, context)
-    finally:
-        context.flush()
-    shutil.rmtree(work.scratch_dir, ignore_errors=True)
-    return {"facts": facts or {}, "outputs": context.outputs}
+    facts = stage(spec, context)
+    if facts is not None and not isinstance(facts, dict):
+        raise StageError(f"step {work.name} must return a dictionary of facts, got {type(facts).__name__}")
+    context.clean(has_succeeded=not link.cancelled)
+    return facts or {}
 
 
-def work_and_exit(work: Work, link: WorkerLink, entry: str) -> None:
-    """Everything a worker process does after its fork. Never returns."""
-    os.setsid()
-    signal.signal(signal.SIGTERM, lambda *_: _cancelled.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _redirect(Path(work.log_path))
-    os.chdir(work.project_dir)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
-        os.environ[name] = str(work.threads)
-    random.seed(work.seed)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(work.threads)
-    threading.Thread(target=_die_with_driver, args=(link,), daemon=True).start()
-    threading.Thread(target=_beat, args=(link,), daemon=True).start()
-    link.send(_result(work, link, entry))
-    sys.stdout.flush()
-    sys.stderr.flush()
+def run_worker(descriptor: int, parent: int) -> NoReturn:
+    """Everything that a worker process does.
+
+    Args:
+        descriptor: Its end of the line to the driver.
+        parent: The fork server; it and its workers do not outlive one another.
+    """
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
+    die_with_parent(signal.SIGKILL, parent)
+    channel = Channel(socket(fileno=descriptor))
+    order = channel.receive()
+    if not isinstance(order, Order):  # the driver is gone, or has changed its mind
+        os._exit(0)
+    link = WorkerLink(channel, order.work)
+    signal.signal(signal.SIGTERM, link.cancel)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})  # held by the fork server
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    link.start()
+    result = _work(order, link)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or closed by the step
+            stream.flush()
+    if not link.finish(result):
+        end_session()
     os._exit(0)
 
 
-def _result(work: Work, link: WorkerLink, entry: str) -> WorkResult:
+def _work(order: Order, link: WorkerLink) -> WorkResult:
+    work = order.work
     try:
-        answer = extras.load(entry)(work, link)
-        state = "cancelled" if _cancelled.is_set() else "succeeded"
-        plain = msgspec.json.decode(msgspec.json.encode(answer["facts"]))
-        return WorkResult(state=state, outputs=answer["outputs"], facts=plain)
-    except BaseException as error:  # noqa: BLE001 - the border: everything becomes a result
-        traceback.print_exc()
-        if _cancelled.is_set():
-            return WorkResult(state="cancelled")
-        return WorkResult(state="failed", error=describe(error, work).to_dict())
+        _set_up(order)
+        facts = _plain(extras.load(order.entry)(work, link), work)
+    except BaseException as error:  # noqa: BLE001 - the border: whatever the step does becomes a result
+        with contextlib.suppress(OSError):  # the log's disk may be the full one
+            traceback.print_exception(error)
+        if not link.cancelled:
+            return WorkResult(state="failed", error=_described(error, work), peak_rss_bytes=peak_bytes())
+        facts = {}
+    if link.cancelled:
+        error = CancelledError(f"step {work.name} was cancelled").to_dict()
+        return WorkResult(state="cancelled", outputs=link.outputs, error=error, peak_rss_bytes=peak_bytes())
+    return WorkResult(state="succeeded", outputs=link.outputs, facts=facts, peak_rss_bytes=peak_bytes())
 
 
-def describe(error: BaseException, work: Work) -> MillraceError:
-    """An error as people read it: the user's own line first."""
-    details = {"log": work.log_path}
-    if isinstance(error, MillraceError):
-        error.details = {**details, **error.details}
-        return error
-    where = _users_line(error, Path(work.project_dir))
-    text = f"{where}{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError):
-        return StepMemoryError(f"step {work.name} ran out of memory: {text}", details=details)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"step {work.name}: the disk is full: {text}", details=details)
-    return StageError(text, details=details)
+def _described(error: BaseException, work: Work) -> dict[str, Any]:
+    described = describe_exception(error, work).to_dict()
+    try:
+        return _plain(described, work)
+    except StageError:  # an error of a plug-in whose details are not plain data
+        return {**described, "details": {"log": work.log_path, "text": repr(described["details"])}}
 
 
-def _users_line(error: BaseException, project: Path) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        path = Path(frame.filename)
-        if path.is_relative_to(project) and "site-packages" not in path.parts:
-            return f"{path.relative_to(project)}:{frame.lineno} in {frame.name}: "
-    return ""
+def _set_up(order: Order) -> None:
+    """Log, folder, environment, threads, seeds: as if the work had been started from the driver alone."""
+    work = order.work
+    _redirect(Path(work.log_path) if work.log_path else Path(os.devnull))
+    faulthandler.enable(sys.stderr)
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("MILLRACE_FORK", "PYTHONHASHSEED"))}
+    os.environ.clear()
+    os.environ.update({**order.environment, **kept, **thread_environment(work.threads)})
+    os.chdir(work.project_dir)
+    sys.path.extend(folder for folder in order.import_path if folder not in sys.path)
+    _limit_loaded_libraries(work.threads)
+    random.seed(work.seed)
+    numpy.random.seed(work.seed % 2**32)
+
+
+def _limit_loaded_libraries(threads: int) -> None:
+    """Libraries that the fork server has imported have read their environment already."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+    pools = sys.modules.get("threadpoolctl")  # scikit-learn brings it
+    if pools is not None:
+        pools.threadpool_limits(limits=threads)
 
 
 def _redirect(path: Path) -> None:
+    """Standard output and error to the end of the log, unbuffered by line; standard input from nowhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.close(log)
+    os.close(nothing)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
-def _die_with_driver(link: WorkerLink) -> None:
-    link.wait_for_close()
-    os.killpg(os.getpid(), signal.SIGKILL)
+def _plain(value: Any, work: Work) -> Any:
+    """Facts as plain data; numpy's numbers and arrays, paths and structs are turned into it.
+
+    Raises:
+        StageError: They hold something else.
+    """
+    try:
+        return msgspec.to_builtins(value, enc_hook=_plain_one, str_keys=True)
+    except (TypeError, NotImplementedError, RecursionError) as error:
+        raise StageError(f"the facts of step {work.name} must be plain data (numbers, text, lists): {error}") from None
 
 
-def _beat(link: WorkerLink) -> None:
-    page = os.sysconf("SC_PAGE_SIZE")
-    while True:
-        with open("/proc/self/statm") as file:
-            resident = int(file.read().split()[1]) * page
-        link.send(HeartbeatFrame(at=time.time(), rss_bytes=resident))
-        time.sleep(HEARTBEAT_S)
+def _plain_one(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"got a {type(value).__name__}")
+
+
+if __name__ == "__main__":
+    run_worker(int(sys.argv[1]), int(sys.argv[2]))

@@ -99,5 +99,7 @@ class Services:
         if "compute" in made:
             made["compute"].close()
         if "records" in made:
-            made["records"].seal()
-            made["records"].close()
+            try:
+                made["records"].seal()
+            finally:
+                made["records"].close()

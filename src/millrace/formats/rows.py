@@ -55,9 +55,16 @@ def _tensor(signature: Signature, spec: TensorSpec, instances: Sequence[Any]) ->
         packed = _pack(spec, rows)
         if packed is not None:
             values = np.frombuffer(packed, dtype=np.float32).reshape(len(rows), spec.shape[1])
-            if np.isfinite(values).all() or (spec.semantic != "image" and not np.isinf(values).any()):
+            if _is_finite(values) or (spec.semantic != "image" and not np.isinf(values).any()):
                 return values
     return _slow_tensor(spec, rows, instances)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    # one product instead of two passes; only huge values overflow it, and then the passes decide
+    flat = values.reshape(-1)
+    with np.errstate(over="ignore"):
+        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(values).all())
 
 
 def _pack(spec: TensorSpec, rows: list[Any]) -> bytes | None:
@@ -239,7 +246,7 @@ def decode_answers(signature: Signature, outputs: Mapping[str, np.ndarray]) -> l
     shares = _output(outputs, "probabilities").astype(np.float32, copy=False)
     if shares.ndim != 2 or shares.shape[1] != len(signature.classes):
         raise StageError(f"the model gave probabilities {list(shares.shape)}: want [rows, {len(signature.classes)}]")
-    labels = [_label(signature, name) for name in signature.classes]
+    labels = _labels(tuple(signature.classes), signature.label_type)
     best = shares.argmax(axis=1).tolist()
     rows = _decimals(shares)
     return [
@@ -259,14 +266,19 @@ def _decimals(values: np.ndarray) -> list[Any]:
     return orjson.loads(orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def _label(signature: Signature, name: str) -> Any:
+@functools.lru_cache(maxsize=64)
+def _labels(classes: tuple[str, ...], label_type: str) -> list[Any]:
+    return [_label(name, label_type) for name in classes]
+
+
+def _label(name: str, label_type: str) -> Any:
     try:
-        if signature.label_type == "integer":
+        if label_type == "integer":
             return int(float(name)) if "." in name else int(name)
-        if signature.label_type == "number":
+        if label_type == "number":
             return float(name)
     except ValueError:
         return name
-    if signature.label_type == "boolean":
+    if label_type == "boolean":
         return name.strip().lower() in ("true", "1", "yes")
     return name

@@ -15,6 +15,7 @@ from millrace.core.types import Struct
 
 INLINE_LIMIT_S = 200e-6  # a call of one row quicker than this runs on the event loop
 TICK_LIMIT_S = 2e-3  # a batch predicted to take longer never does: it would hold up every connection
+CHEAP_ENOUGH = 0.05  # a batch is large enough when a row costs at most so much more than at the best size
 YIELD_AFTER_S = 5e-3  # the loop gets its turn between inline batches after so long
 # what a runtime may raise for an input: one batch fails, never the server
 RUN_ERRORS = (MillraceError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -57,7 +58,9 @@ class Job:
 
 
 class Cost(Struct, frozen=True, kw_only=True):
-    """How long a call takes: `base_s` + rows x `per_row_s`, measured.
+    """How long a call takes: `base_s` + rows x `per_row_s`, measured; and where a row is cheapest.
+
+    `best_rows`: larger calls are no cheaper per row, so nobody is kept waiting for them.
 
     Example:
         >>> round(Cost(base_s=1e-5, per_row_s=1e-6).predict_s(10), 9)
@@ -66,6 +69,7 @@ class Cost(Struct, frozen=True, kw_only=True):
 
     base_s: float
     per_row_s: float
+    best_rows: int | None = None
 
     def predict_s(self, rows: int) -> float:
         """Seconds for a call of so many rows."""
@@ -77,29 +81,37 @@ class Cost(Struct, frozen=True, kw_only=True):
         return self.predict_s(1) < INLINE_LIMIT_S
 
 
-def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, budget_s: float = 0.1) -> Cost:
-    """Time calls of 1 row and, where that is quick, of `max_batch` rows.
+def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, budget_s: float = 0.15) -> Cost:
+    """Time calls of 1 row and, where that is quick, of 2, 4, 8 … `max_batch` rows.
 
     Args:
         infer: The model.
         sample: Real tensors of at least one row.
-        max_batch: Rows of the larger call.
-        budget_s: Stop repeating after so long.
+        max_batch: Rows of the largest call.
+        budget_s: For all repetitions together.
 
     Returns:
-        The line through the quickest of each: noise only ever adds. A slow model is taken to cost as
-        much per row: being ready matters more than knowing better.
+        The line through the quickest calls of one row and of the best size: noise only ever adds. A slow
+        model is taken to cost as much per row: being ready matters more than knowing better.
 
     Raises:
         MillraceError: The model failed.
     """
-    one = {name: values[:1] for name, values in sample.items()}
-    single_s = _quickest(infer, one, budget_s / 2)
-    if max_batch == 1 or single_s > TICK_LIMIT_S:
-        return Cost(base_s=0.0, per_row_s=single_s)
-    many = {name: np.repeat(values[:1], max_batch, axis=0) for name, values in sample.items()}
-    per_row_s = max(0.0, (_quickest(infer, many, budget_s / 2) - single_s) / (max_batch - 1))
-    return Cost(base_s=max(0.0, single_s - per_row_s), per_row_s=per_row_s)
+    sizes = [1, *(2**power for power in range(1, max_batch.bit_length()) if 2**power < max_batch), max_batch]
+    quickest_s: dict[int, float] = {}
+    for size in dict.fromkeys(sizes):
+        tensors = {name: np.repeat(values[:1], size, axis=0) for name, values in sample.items()}
+        quickest_s[size] = _quickest(infer, tensors, budget_s / len(sizes))
+        if quickest_s[size] > TICK_LIMIT_S:
+            break
+    single_s = quickest_s[1]
+    if len(quickest_s) == 1:
+        return Cost(base_s=0.0, per_row_s=single_s, best_rows=None if single_s > TICK_LIMIT_S else 1)
+    cheapest_s = min(took_s / size for size, took_s in quickest_s.items())
+    best = next(size for size, took_s in quickest_s.items() if took_s / size <= cheapest_s * (1 + CHEAP_ENOUGH))
+    reach = max(best, 2)
+    per_row_s = max(0.0, (quickest_s[reach] - single_s) / (reach - 1))
+    return Cost(base_s=max(0.0, single_s - per_row_s), per_row_s=per_row_s, best_rows=best)
 
 
 def _quickest(infer: Infer, tensors: Mapping[str, np.ndarray], budget_s: float) -> float:
@@ -128,7 +140,8 @@ class Batcher:
     Args:
         infer: The model; called from runner threads unless inline.
         cost: The calibration.
-        max_batch: Rows in one call at most; a larger request runs in slices.
+        max_batch: Rows in one call at most, lowered to where a row is cheapest; a larger request runs in
+            slices.
         call_soon: The loop's `call_soon`.
         call_from_thread: The loop's `call_soon_threadsafe`.
         runners: Threads.
@@ -144,7 +157,7 @@ class Batcher:
         runners: int = 1,
     ) -> None:
         self.cost = cost
-        self.max_batch = max_batch
+        self.max_batch = min(max_batch, cost.best_rows or max_batch)
         self.is_inline = cost.is_inline
         self.finish: Callable[[list[Job], list[Call]], None] = finish_jobs  # on the loop, after each batch
         self._infer = infer

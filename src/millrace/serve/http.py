@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -72,7 +73,7 @@ class Exchange:
 
     def reply(self, status: int, body: bytes, content_type: bytes = JSON_TYPE, headers: bytes = b"") -> None:
         """Answer; `headers` are whole lines, each with its CRLF."""
-        head = _head(status, content_type, len(body)) + headers
+        head = b"%sContent-Length: %d\r\n%s" % (_status_line(status, content_type), len(body), headers)
         self.reply_raw(head, b"" if self.method == b"HEAD" else body)
 
     def reply_json(self, status: int, value: object, headers: bytes = b"") -> None:
@@ -95,10 +96,9 @@ class Exchange:
         connection.send_answered()
 
 
-def _head(status: int, content_type: bytes, length: int) -> bytes:
-    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n" % (
-        status, HTTPStatus(status).phrase.encode(), content_type, length,
-    )  # fmt: skip
+@functools.lru_cache(maxsize=64)
+def _status_line(status: int, content_type: bytes) -> bytes:
+    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\n" % (status, HTTPStatus(status).phrase.encode(), content_type)
 
 
 class Service:

@@ -1,25 +1,27 @@
-"""Drift by effect size, with thresholds calibrated on windows resampled from the reference.
+"""Drift by effect size, with thresholds calibrated on windows of the reference.
 
 Two statistics per feature, in the same units: Hellinger's distance of the binned counts, and the distance that two
-normal distributions have whose means differ as the window's and the reference's do, sqrt(1 - exp(-d²/8)). Both lie
-between 0 and 1. A feature's threshold is what windows of the reference itself reach, so that at most the asked
-share of *windows* raises an alarm over all features together; the reference's own sampling error is part of it.
+normal distributions have whose means differ as the mean normal scores of window and reference do,
+sqrt(1 - exp(-d²/8)). Both lie between 0 and 1 and depend on bin counts only, so that no single wild value rules them.
+`calibration` says what clean windows reach: at most the asked share of *windows* alarms over all features together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from millrace.stats.calibration import Limits, effects_of, limits_of, pad, profile_of
 from millrace.stats.histogram import CONFIDENCE, MAX_CATEGORIES, PREDICTION, Feature, Histograms, Layout, edges_of
 
-WINDOWS = 2000  # resampled windows per calibration
-PRIOR = 0.5  # added to every bin: a value never seen in the reference is rare, not impossible
 TOP = 8
+CHECK_ROWS = 200  # rows of a window in the check on real rows
+CHECK_SPLITS = 12
+CHECK_MOST_ROWS = 2000
+CHECK_LEVEL = 0.02  # only how many windows are drawn depends on it
 
 
 class FeatureScore(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,12 +110,11 @@ def judge(reference: Mapping[str, Any], window: Histograms, false_alarms: float 
         return DriftVerdict(score=0.0, threshold=1.0, is_alert=False, rows=window.rows)
     profile = Histograms.from_dict(reference["histograms"])
     names = [feature.name for feature in profile.layout.features]
-    binned, shifted = effects(profile, window)
-    limits = thresholds(msgspec.msgpack.encode(_sizes(profile)), profile.rows, window.rows, false_alarms)
-    ratios = np.maximum(binned / limits[0], shifted / limits[1])
-    by_shift = shifted / limits[1] > binned / limits[0]
+    binned, shifted, limits = _effects(profile, window, false_alarms)
+    by_bins, by_mean = binned / limits.binned, shifted / limits.shifted
+    ratios, by_shift = np.maximum(by_bins, by_mean), by_mean > by_bins
     scores = np.where(by_shift, shifted, binned)
-    bounds = np.where(by_shift, limits[1], limits[0])
+    bounds = np.minimum(np.where(by_shift, limits.shifted, limits.binned), 1.0)
     # Beyond its threshold the larger effect counts, not the larger ratio.
     order = sorted(
         range(len(names)),
@@ -133,78 +134,14 @@ def judge(reference: Mapping[str, Any], window: Histograms, false_alarms: float 
     )
 
 
-def effects(reference: Histograms, window: Histograms) -> tuple[np.ndarray, np.ndarray]:
-    """Per feature: Hellinger's distance of the bins, and the distance that the shift of the mean stands for."""
-    features = reference.layout.features
-    binned, shifted = np.zeros(len(features)), np.zeros(len(features))
-    for index, feature in enumerate(features):
-        binned[index] = hellinger(_shares(reference.counts[index]), _shares(window.counts[index]))
-        if feature.kind == "number":
-            (mean, sd), (other, _) = reference.moments(index), window.moments(index)
-            if sd > 0 and window.counts[index][:-1].sum() > 0:
-                shifted[index] = as_distance((other - mean) / sd)
-    return binned, shifted
+def _effects(profile: Histograms, window: Histograms, false_alarms: float) -> tuple[np.ndarray, np.ndarray, Limits]:
+    """Both effect sizes of every feature and their limits.
 
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-    smooth = counts + PRIOR
-    return smooth / smooth.sum()
-
-
-def hellinger(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Hellinger's distance along the last axis.
-
-    Example:
-        >>> float(hellinger(np.array([1.0, 0.0]), np.array([0.0, 1.0])))
-        1.0
+    Raises:
+        ValueError: The window counts other features than the reference.
     """
-    return np.sqrt(np.maximum(1.0 - np.sqrt(left * right).sum(axis=-1), 0.0))
-
-
-def as_distance(shift: Any) -> Any:
-    """Hellinger's distance of two normal distributions whose means differ by `shift` standard deviations.
-
-    Example:
-        >>> round(float(as_distance(0.2)), 3)
-        0.071
-    """
-    return np.sqrt(-np.expm1(-np.square(np.minimum(np.abs(shift), 1e6)) / 8.0))
-
-
-def _sizes(profile: Histograms) -> list[tuple[list[int], bool]]:
-    pairs = zip(profile.counts, profile.layout.features, strict=True)
-    return [(counts.tolist(), feature.kind == "number") for counts, feature in pairs]
-
-
-@lru_cache(maxsize=256)
-def thresholds(profile: bytes, reference_rows: int, rows: int, false_alarms: float) -> tuple[np.ndarray, np.ndarray]:
-    """What windows of the reference itself reach, by resampling with a fixed seed.
-
-    Args:
-        profile: The reference's counts, encoded.
-        reference_rows: Rows of the reference.
-        rows: Rows of the window.
-        false_alarms: The share of clean windows that may exceed any threshold.
-
-    Returns:
-        Thresholds of the binned distance and of the shift, per feature.
-    """
-    features: list[tuple[list[int], bool]] = msgspec.msgpack.decode(profile)
-    generator = np.random.default_rng(20240501)
-    nulls = np.empty((2, len(features), WINDOWS))
-    spread = np.sqrt(1.0 / rows + 1.0 / max(reference_rows, 1))
-    for index, (counts, is_number) in enumerate(features):
-        share = _shares(np.asarray(counts))
-        first = generator.multinomial(reference_rows, share, size=WINDOWS) + PRIOR
-        second = generator.multinomial(rows, share, size=WINDOWS) + PRIOR
-        nulls[0, index] = hellinger(
-            first / first.sum(axis=1, keepdims=True), second / second.sum(axis=1, keepdims=True)
-        )
-        shifts = generator.standard_normal(WINDOWS) * spread
-        nulls[1, index] = as_distance(shifts) if is_number else 0.0
-    # A scale per feature makes the features comparable; one factor over all of them keeps the windows' rate.
-    scales = np.maximum(np.quantile(nulls, 0.95, axis=2), 1e-4)
-    largest = (nulls / scales[:, :, None]).max(axis=(0, 1))
-    factor = float(np.quantile(largest, 1.0 - false_alarms))
-    limits = scales * factor
-    return limits[0], limits[1]
+    if window.layout != profile.layout:
+        raise ValueError("the window counts other features than the reference")
+    ordered = [feature.kind == "number" for feature in profile.layout.features]
+    binned, shifted = effects_of(profile_of(profile.counts, ordered), pad(window.counts))
+    return binned, shifted, limits_of(profile.counts, ordered, window.rows, false_alarms)
