@@ -66,7 +66,13 @@ def resume(spec: Spec, ctx: Context) -> dict[str, Any]:
 
 def odd(spec: Spec, ctx: Context) -> Any:
     facts: dict[str, Any] = {
-        "numpy": {"score": np.float64(0.5), "n": np.int64(3), "rows": np.arange(3), "path": Path("a/b")},
+        "numpy": {
+            "score": np.float64(0.5),
+            "n": np.int64(3),
+            "rows": np.arange(3),
+            "path": Path("a/b"),
+            "share": Share(0.5),
+        },
         "object": {"model": object()},
         "list": [1, 2],
         "none": None,
@@ -90,7 +96,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(compute: LocalCompute, home: Path, function: str, **fields: Any) -> WorkResult:
     values: dict[str, Any] = {
         "step_id": "s" * 32, "run_id": "r", "name": function, "implementation": f"{MODULE}:{function}",
-        "spec": msgspec.json.encode(Spec(train=Train(epochs=3), compress=Compress(max_drop=Share(0.01)))),
+        "spec": msgspec.json.encode(Spec(train=Train(epochs=3), compress=Compress(max_drop=Share(0.01))), enc_hook=float),
         "project_dir": str(home), "scratch_dir": str(home / "scratch" / "steps" / function),
         "log_path": str(home / "logs" / "step.log"), "home_dir": str(home), **fields,
     }  # fmt: skip
@@ -150,8 +156,8 @@ def test_an_unknown_input_names_the_known_ones(tmp_path: Path) -> None:
         inputs={"train.model": blobs.put(b"x")},
     )  # fmt: skip
     context = WorkerContext(work, None, blobs)  # type: ignore[arg-type]
-    with pytest.raises(NotFoundError, match=r"export has no input 'train\.modle'") as caught:
-        context.input("train.modle")
+    with pytest.raises(NotFoundError, match=r"export has no input 'train\.models'") as caught:
+        context.input("train.models")
     assert "train.model" in caught.value.hint
 
 
@@ -167,7 +173,7 @@ def test_checkpoints_survive_and_scratch_does_not(compute: LocalCompute, tmp_pat
 @pytest.mark.parametrize(
     ("facts", "wanted"),
     [
-        ("numpy", {"score": 0.5, "n": 3, "rows": [0, 1, 2], "path": "a/b"}),
+        ("numpy", {"score": 0.5, "n": 3, "rows": [0, 1, 2], "path": "a/b", "share": 0.5}),
         ("none", {}),
         ("object", "plain data"),
         ("list", "dictionary of facts, got list"),

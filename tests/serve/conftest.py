@@ -20,9 +20,9 @@ from millrace.formats.bundle import BundleContents, write_bundle
 from millrace.formats.session import open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.child import ChildConfig
-from millrace.serve.http import HttpLimits
 from millrace.serve.process import ServerProcess
 from millrace.serve.server import ServerConfig
+from millrace.serve.service import HttpLimits
 from millrace.serve.telemetry import TelemetryFrame
 from millrace.stats.drift import build_reference
 

@@ -265,6 +265,8 @@ def _plain_one(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, float):  # a share
+        return float(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"got a {type(value).__name__}")

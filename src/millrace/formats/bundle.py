@@ -7,10 +7,11 @@ data, spec, code and seed are inside; times, run ids and latencies are not.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -19,11 +20,13 @@ from millrace.core.errors import CorruptError, InputError, NotFoundError, Untrus
 from millrace.core.ids import canonical_json, digest_bytes
 from millrace.core.ports import Verifier
 from millrace.core.types import TreeEntry
-from millrace.formats.signature import Signature
+from millrace.formats.signature import Dtype, Signature
 
 FORMAT = 1
 BASE = "fp32"
 _SUFFIXES = {".onnx", ".json"}
+_REQUIRED = ("model.onnx", "bundle.json", "reference.json", "golden.json")
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
 class BundleContents(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +64,21 @@ class Golden(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, np.ndarray]
 
 
+class _Array(msgspec.Struct, frozen=True, kw_only=True):
+    """An array as JSON."""
+
+    dtype: Dtype | Literal["float16", "int16", "uint16", "uint32", "uint64"]
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    values: list[Any]
+
+
+class _Golden(msgspec.Struct, frozen=True, kw_only=True):
+    """`golden.json`."""
+
+    inputs: dict[str, _Array]
+    outputs: dict[str, _Array]
+
+
 class Bundle:
     """An opened bundle: every file has been compared with the manifest."""
 
@@ -95,13 +113,13 @@ class Bundle:
     @property
     def reference(self) -> dict[str, Any]:
         """The drift profile; empty when the model came without rows."""
-        return msgspec.json.decode((self.folder / "reference.json").read_bytes())
+        return _decode(self.folder / "reference.json", dict[str, Any])
 
     @property
     def golden(self) -> Golden:
         """Rows and answers of the self-test, with the signature's dtypes."""
-        value = msgspec.json.decode((self.folder / "golden.json").read_bytes())
-        return Golden(inputs=_arrays(value["inputs"]), outputs=_arrays(value["outputs"]))
+        value = _decode(self.folder / "golden.json", _Golden)
+        return Golden(inputs=_arrays(value.inputs), outputs=_arrays(value.outputs))
 
 
 def write_bundle(folder: Path, contents: BundleContents) -> str:
@@ -122,7 +140,7 @@ def write_bundle(folder: Path, contents: BundleContents) -> str:
     (folder / "variants").mkdir(parents=True)
     shutil.copyfile(contents.model, folder / "model.onnx")
     for name, path in contents.variants.items():
-        if not name.replace("-", "").replace("_", "").isalnum() or name == BASE:
+        if not _is_variant_name(name):
             raise InputError(f"a variant cannot be named {name!r}", hint="use letters, digits, '-' and '_'")
         shutil.copyfile(path, folder / "variants" / f"{name}.onnx")
     info = BundleInfo(
@@ -162,8 +180,9 @@ def open_bundle(
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise NotFoundError(f"there is no bundle in {folder}", hint="want a folder with manifest.json")
-    _compare(folder, _decode(manifest, list[TreeEntry]))
-    digest = tree_digest(folder)
+    entries = _list_files(folder)
+    _compare(entries, _decode(manifest, list[TreeEntry]))
+    digest = digest_bytes(canonical_json(entries))
     if expected_digest is not None and digest != expected_digest:
         raise CorruptError(f"the bundle in {folder} has the digest {digest}; want {expected_digest}")
     signed_by = None
@@ -174,6 +193,7 @@ def open_bundle(
     info = _decode(folder / "bundle.json", BundleInfo)
     if info.format > FORMAT:
         raise CorruptError(f"the bundle has format {info.format}; this Millrace reads up to {FORMAT}")
+    _check_variants(info, {entry.path for entry in entries})
     return Bundle(folder, info, digest, signed_by)
 
 
@@ -195,8 +215,8 @@ def _list_files(folder: Path) -> list[TreeEntry]:
     return sorted(entries, key=lambda entry: entry.path)
 
 
-def _compare(folder: Path, wanted: list[TreeEntry]) -> None:
-    found = {entry.path: entry for entry in _list_files(folder) if entry.path != "manifest.json"}
+def _compare(entries: list[TreeEntry], wanted: list[TreeEntry]) -> None:
+    found = {entry.path: entry for entry in entries if entry.path != "manifest.json"}
     for entry in wanted:
         if Path(entry.path).suffix not in _SUFFIXES or ".." in Path(entry.path).parts or entry.path.startswith("/"):
             raise CorruptError(
@@ -205,12 +225,25 @@ def _compare(folder: Path, wanted: list[TreeEntry]) -> None:
         actual = found.pop(entry.path, None)
         if actual is None:
             raise CorruptError(f"the file {entry.path} of the bundle is missing")
-        if actual.digest != entry.digest:
+        if actual.digest != entry.digest or actual.size_bytes != entry.size_bytes:
             raise CorruptError(
                 f"the file {entry.path} of the bundle has the digest {actual.digest}; want {entry.digest}"
             )
     if found:
         raise CorruptError(f"the file {sorted(found)[0]} is not part of the bundle: its manifest does not name it")
+    for name in sorted(set(_REQUIRED) - {entry.path for entry in wanted}):
+        raise CorruptError(f"the file {name} of the bundle is missing: its manifest does not name it")
+
+
+def _is_variant_name(name: str) -> bool:
+    return name != BASE and _VARIANT.fullmatch(name) is not None
+
+
+def _check_variants(info: BundleInfo, paths: set[str]) -> None:
+    """A variant's name becomes a path: only one that the manifest covers may be asked for."""
+    for name in info.variants:
+        if not _is_variant_name(name) or f"variants/{name}.onnx" not in paths:
+            raise CorruptError(f"bundle.json names the variant {name!r}; the bundle holds no such file")
 
 
 def _decode(path: Path, kind: Any) -> Any:
@@ -235,10 +268,12 @@ def _no_nan(value: Any) -> Any:
     return value
 
 
-def _arrays(value: Mapping[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+def _arrays(value: Mapping[str, _Array]) -> dict[str, np.ndarray]:
     arrays = {}
     for name, item in value.items():
-        dtype = object if item["dtype"] == "string" else item["dtype"]
-        array = np.array(item["values"], dtype=object).reshape(item["shape"])
-        arrays[name] = array.astype(dtype)
+        dtype = object if item.dtype == "string" else item.dtype
+        try:
+            arrays[name] = np.array(item.values, dtype=object).reshape(item.shape).astype(dtype)
+        except (ValueError, TypeError) as error:
+            raise CorruptError(f"golden.json of the bundle: the tensor {name!r} is not an array: {error}") from error
     return arrays

@@ -13,7 +13,8 @@ from millrace.core.ports import Context
 from millrace.core.spec import Spec
 from millrace.formats.bundle import open_bundle
 from millrace.monitor.signals import window_of
-from millrace.stats.drift import judge
+from millrace.stats.calibration import draw_windows, profile_of
+from millrace.stats.drift import judge, measured_false_alarms
 from millrace.stats.histogram import Histograms
 
 CHECK_WINDOWS = 200
@@ -52,32 +53,27 @@ def monitor(spec: Spec, ctx: Context) -> dict[str, Any]:
 
 
 def false_alarm_rate(reference: dict[str, Any], rows: int, false_alarms: float, seed: int = 1) -> float:
-    """The share of windows drawn from the reference itself that alarm.
+    """The share of clean windows that alarm: of real held-out rows where the profile knows it, else of drawn ones.
 
     Args:
         reference: The profile.
-        rows: Rows per window.
+        rows: Rows per window that is drawn.
         false_alarms: What was asked for.
         seed: Of the windows drawn here; the calibration draws others.
     """
     if not reference:
         return 0.0
+    measured = measured_false_alarms(reference, false_alarms)
+    if measured is not None:
+        return measured
     profile = Histograms.from_dict(reference["histograms"])
+    weights = profile_of(profile.counts, [feature.kind == "number" for feature in profile.layout.features]).weights
     generator = np.random.default_rng(seed)
+    drawn = [draw_windows(own, rows, CHECK_WINDOWS, generator).astype(np.int64) for own in weights]
     alarms = 0
-    for _ in range(CHECK_WINDOWS):
-        window = resampled(profile, rows, generator)
+    for number in range(CHECK_WINDOWS):
+        window = Histograms(profile.layout)
+        window.rows = rows
+        window.counts = [table[number, : len(own)] for table, own in zip(drawn, profile.counts, strict=True)]
         alarms += judge(reference, window, false_alarms).is_alert
     return alarms / CHECK_WINDOWS
-
-
-def resampled(profile: Histograms, rows: int, generator: np.random.Generator) -> Histograms:
-    """A window of so many rows drawn from a profile: its bins, and its mean with that many rows' noise."""
-    window = Histograms(profile.layout)
-    window.rows = rows
-    for index, counts in enumerate(profile.counts):
-        window.counts[index] = generator.multinomial(rows, counts / max(counts.sum(), 1))
-        mean, sd = profile.moments(index)
-        seen = int(window.counts[index][:-1].sum())
-        window.sums[index] = seen * (mean + generator.standard_normal() * sd / np.sqrt(max(seen, 1)))
-    return window

@@ -321,6 +321,13 @@ def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:
         batch[0].outputs = dict(outputs)
         return
     start = 0
+    if len(outputs) == 1:
+        ((name, values),) = outputs.items()
+        for job in batch:
+            end = start + job.rows
+            job.outputs = {name: values[start:end]}
+            start = end
+        return
     for job in batch:
         end = start + job.rows
         job.outputs = {name: values[start:end] for name, values in outputs.items()}

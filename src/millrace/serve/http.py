@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a uvloop protocol with httptools: limits, order of answers, nothing about models."""
+"""HTTP/1.1 on a uvloop protocol with httptools: requests, the order of answers, nothing about models."""
 
 from __future__ import annotations
 
@@ -8,34 +8,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import cast
 
 import httptools
 import orjson
 
-from millrace.core.types import Struct
+from millrace.serve.service import Head, Service
 
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 JSON_TYPE = b"application/json"
 _LINGER_S = 2.0
+_HEAD_END = b"\r\n\r\n"
+_NEVER_KNOWN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection"})
 _log = logging.getLogger(__name__)
 _SINGLE_HEADERS = frozenset({b"host", b"content-length", b"content-encoding", b"inference-header-content-length"})
-
-
-class HttpLimits(Struct, frozen=True, kw_only=True):
-    """What one connection may cost.
-
-    A message must be complete `body_timeout_s` after it began, its head after `head_timeout_s`.
-    """
-
-    max_head_bytes: int = 16 << 10
-    max_body_bytes: int = 64 << 20
-    head_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    idle_timeout_s: float = 75.0
-    max_pipelined: int = 64
 
 
 class Exchange:
@@ -101,92 +87,6 @@ def _status_line(status: int, content_type: bytes) -> bytes:
     return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\n" % (status, HTTPStatus(status).phrase.encode(), content_type)
 
 
-class Service:
-    """What all connections of a server share. For the event loop's thread.
-
-    Args:
-        handler: Called with every well-formed request.
-        limits: See `HttpLimits`.
-        allowed_hosts: Host names that the server answers to, besides the loopback ones. Foreign names
-            are refused: a web page must not reach a loopback server by a name of its own.
-    """
-
-    def __init__(
-        self,
-        handler: Callable[[Exchange], None],
-        limits: HttpLimits | None = None,
-        allowed_hosts: frozenset[str] = frozenset(),
-    ) -> None:
-        self.handler = handler
-        self.limits = limits or HttpLimits()
-        self.allowed_hosts = LOOPBACK_HOSTS | {host.lower() for host in allowed_hosts}
-        self.connections: set[Connection] = set()
-        self.is_draining = False
-        self.refused: Callable[[int], None] = _ignore  # told of answers that no handler gave
-        self._known_hosts: dict[bytes, bool] = {}
-        self.date_line = b""
-        self.now_s = 0.0
-        self.tick()
-
-    def tick(self) -> None:
-        """Renew what is read often: the time, and the Date header."""
-        self.now_s = time.monotonic()
-        self.date_line = b"Date: %s\r\n" % formatdate(usegmt=True).encode()
-
-    def allows(self, host: bytes) -> bool:
-        """Whether a Host header (or the host of an Origin) names this server.
-
-        Example:
-            >>> service = Service(lambda exchange: None)
-            >>> service.allows(b"localhost:8080"), service.allows(b"[::1]:80"), service.allows(b"evil.example")
-            (True, True, False)
-        """
-        known = self._known_hosts.get(host)
-        if known is None:
-            known = host_name(host.decode("latin-1")) in self.allowed_hosts
-            if len(self._known_hosts) < 256:
-                self._known_hosts[host] = known
-        return known
-
-    def sweep(self) -> None:
-        """Close what takes too long; to be called several times per time-out."""
-        self.tick()
-        for connection in list(self.connections):
-            connection.check_time(self.now_s)
-
-    def sweep_interval_s(self) -> float:
-        """How often `sweep` is due."""
-        shortest = min(self.limits.head_timeout_s, self.limits.body_timeout_s, self.limits.idle_timeout_s)
-        return min(0.5, shortest / 4)
-
-    @property
-    def in_flight(self) -> int:
-        """Requests begun and not yet answered, over all connections."""
-        return sum(connection.is_busy for connection in self.connections)
-
-    def abort(self) -> None:
-        """Cut every connection."""
-        for connection in list(self.connections):
-            connection.transport.abort()
-
-
-def host_name(host: str) -> str:
-    """The name in `name:port`, lower case.
-
-    Example:
-        >>> host_name("LocalHost:80"), host_name("[::1]:8080"), host_name("a:b:c")
-        ('localhost', '[::1]', 'a:b:c')
-    """
-    name, colon, port = host.rpartition(":")
-    if colon and port.isdigit() and (":" not in name or name.endswith("]")):
-        return name.lower()
-    return host.lower()
-
-
-def _ignore(_: int) -> None:
-    """Nobody counts."""
-
-
 class _Refused(Exception):
     """Raised in a parser's callback to stop the parsing; never leaves this module."""
 
@@ -197,7 +97,11 @@ class _Refused(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """One client. Requests are handled as they are complete; answers leave in the order of requests."""
+    """One client. Requests are handled as they are complete; answers leave in the order of requests.
+
+    Clients repeat their request heads byte for byte, so a head that was parsed and allowed once is looked
+    up the next time: half of what parsing a small request costs.
+    """
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -210,6 +114,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._header_bytes = 0
         self._is_counting = False
+        self._begun = 0  # messages in the data being parsed
         self._body_bytes = 0
         self._in_message = False
         self._in_head = True
@@ -276,7 +181,11 @@ class Connection(asyncio.Protocol):
         """Parse; complete requests go to the handler from within."""
         if self._is_closing:
             return
-        was_in_head = self._in_message and self._in_head
+        if not self._in_message and self._take_known(data):
+            return
+        self._begun = 0
+        was_in_message = self._in_message
+        was_in_head = was_in_message and self._in_head
         self._is_counting = len(data) > self.service.limits.max_head_bytes  # less cannot hold a head too large
         try:
             self._parser.feed_data(data)
@@ -294,11 +203,36 @@ class Connection(asyncio.Protocol):
                 if self._head_bytes > self.service.limits.max_head_bytes:
                     self._refuse(431, self._head_too_large())
                     return
+        elif self._begun == 1 and not was_in_message and not self._is_closing:
+            self._remember(data)
         if len(self._queue) >= self.service.limits.max_pipelined:
             self._update_reading()
 
+    def _take_known(self, data: bytes) -> bool:
+        """Exactly one request whose head has been parsed before, byte for byte: nothing to parse."""
+        end = data.find(_HEAD_END) + 4
+        head = self.service.heads.get(data[:end])
+        if head is None or len(data) - end != head.length:
+            return False
+        exchange = Exchange(self, head.method, head.target, head.headers, data[end:], True)
+        self._queue.append(exchange)
+        self.service.handler(exchange)
+        if len(self._queue) >= self.service.limits.max_pipelined:
+            self._update_reading()
+        return True
+
+    def _remember(self, data: bytes) -> None:
+        """Keep the head of `data`, if that was one whole request with a plain body."""
+        end = data.find(_HEAD_END) + 4
+        headers = self._headers
+        length = int(headers.get(b"content-length", b"0"))
+        if len(data) - end == length and headers.keys().isdisjoint(_NEVER_KNOWN) and self._keep_alive:
+            head = Head(method=self._parser.get_method(), target=self._target, headers=headers, length=length)
+            self.service.remember(data[:end], head)
+
     def on_message_begin(self) -> None:
         """httptools: a request line begins."""
+        self._begun += 1
         self._target = b""
         self._headers = {}
         self._chunks = []
@@ -450,6 +384,10 @@ class Connection(asyncio.Protocol):
         exchange = Exchange(self, b"", b"", {}, b"", False)
         self._queue.append(exchange)
         exchange.reply_error(status, message)
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self.transport.abort()
 
     def check_time(self, now_s: float) -> None:
         """Close or refuse what has taken too long."""

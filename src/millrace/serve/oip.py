@@ -66,6 +66,17 @@ class _FloatRequest(Struct, frozen=True, kw_only=True):
     parameters: _RequestParameters | None = None
 
 
+class _KnownHead(Struct, frozen=True, kw_only=True):
+    """The JSON of a binary request, decoded and found right: clients repeat it byte for byte."""
+
+    name: str
+    shape: list[int]
+    size_bytes: int
+    outputs: dict[str, bool] | None
+    binary: bool
+
+
+_KNOWN_HEADS, _KNOWN_BYTES = 1024, 1024
 _decode_floats = msgspec.json.Decoder(_FloatRequest).decode
 
 
@@ -87,6 +98,7 @@ class Codec:
         self._all_json = dict.fromkeys(self.outputs, False)
         self._prefix = orjson.dumps({"model_name": name, "model_version": version})[:-1]
         self._binary_heads: dict[int, bytes] = {}
+        self._known_heads: dict[bytes, _KnownHead] = {}
         only = signature.inputs[0] if len(signature.inputs) == 1 else None
         is_plain = only is not None and only.dtype == "float32" and len(only.shape) == 2 and only.shape[1] > 0
         self._plain = only if is_plain else None  # one tensor of numbers: what a quick path is worth for
@@ -115,6 +127,10 @@ class Codec:
             raise InputError(
                 f"Inference-Header-Content-Length: want 0 to {len(body)}, the length of the body, got {header_length}"
             )
+        known = self._known_heads.get(head)
+        if known is not None and known.size_bytes == len(rest):
+            values = np.frombuffer(rest, dtype=np.float32).reshape(known.shape)
+            return InferRequest({known.name: values}, "", known.outputs, known.binary)
         request = self._decode_plain(head, rest) if self._plain is not None else None
         return request or self._decode_any(head, rest)
 
@@ -148,6 +164,11 @@ class Codec:
             tensor = np.frombuffer(rest, dtype=np.float32)
         binary = request.parameters is not None and request.parameters.binary_data_output
         outputs = self._wanted(request.outputs, binary) if request.outputs else None
+        if rest and not request.id and len(head) <= _KNOWN_BYTES:
+            if len(self._known_heads) >= _KNOWN_HEADS:
+                self._known_heads.clear()
+            known = _KnownHead(name=spec.name, shape=shape, size_bytes=len(rest), outputs=outputs, binary=binary)
+            self._known_heads[head] = known
         return InferRequest({spec.name: tensor.reshape(shape)}, request.id, outputs, binary)
 
     def _raw(self, body: bytes) -> InferRequest:

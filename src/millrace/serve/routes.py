@@ -17,7 +17,8 @@ from millrace.serve import oip
 from millrace.serve.admission import Refusal
 from millrace.serve.batching import RUN_ERRORS, Job
 from millrace.serve.dataplane import DataPlane
-from millrace.serve.http import Exchange, Service
+from millrace.serve.http import Exchange
+from millrace.serve.service import Service
 
 _OCTETS = b"application/octet-stream"
 _PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"

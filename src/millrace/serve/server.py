@@ -22,9 +22,10 @@ from millrace.formats.signature import Signature
 from millrace.serve.admission import Admission
 from millrace.serve.batching import Batcher, calibrate
 from millrace.serve.dataplane import CheckedInfer, DataPlane, ModelInfo, sample_of
-from millrace.serve.http import Connection, HttpLimits, Service
+from millrace.serve.http import Connection
 from millrace.serve.listen import BACKLOG, bind
 from millrace.serve.routes import Routes
+from millrace.serve.service import HttpLimits, Service
 from millrace.serve.telemetry import Collector, TelemetryFrame, TelemetryWriter, difference
 from millrace.stats.histogram import layout_from_reference
 

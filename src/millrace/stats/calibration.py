@@ -142,7 +142,7 @@ def on_grid(rows: int) -> int:
 
     Example:
         >>> [on_grid(rows) for rows in (7, 200, 207, 1000)]
-        [7, 194, 204, 987]
+        [7, 194, 204, 972]
     """
     if rows <= 20:
         return rows

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 
 from millrace.stats.calibration import Limits, effects_of, limits_of, pad, profile_of
-from millrace.stats.histogram import CONFIDENCE, MAX_CATEGORIES, PREDICTION, Feature, Histograms, Layout, edges_of
+from millrace.stats.histogram import CONFIDENCE, PREDICTION, Feature, Histograms, Layout, edges_of, top_categories
 
 TOP = 8
 CHECK_ROWS = 200  # rows of a window in the check on real rows
-CHECK_SPLITS = 12
+CHECK_SPLITS = 100
 CHECK_MOST_ROWS = 2000
 CHECK_LEVEL = 0.02  # only how many windows are drawn depends on it
 
@@ -54,13 +54,70 @@ def build_reference(
         signature: `formats.signature.Signature`: names, columns, classes.
 
     Returns:
-        Plain data: `rows` and `histograms`.
+        Plain data: `rows`, `histograms`, and `check`: what windows of these very rows do (see `check_halves`).
     """
     inputs = [feature for spec in signature.inputs for feature in _input_features(spec, tensors[spec.name])]
     layout = Layout(inputs=inputs, outputs=_output_features(signature, outputs))
     histograms = Histograms(layout)
     histograms.add(tensors, outputs)
-    return {"rows": histograms.rows, "histograms": histograms.to_dict()}
+    check = check_halves(tensors, outputs, layout)
+    return {"rows": histograms.rows, "histograms": histograms.to_dict(), "check": check}
+
+
+def check_halves(
+    tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], layout: Layout
+) -> dict[str, Any]:
+    """Real windows against real references: one half of the rows is profiled, windows of the other half are judged.
+
+    Nothing is drawn from a distribution here, so this can contradict the calibration. The bins are those of all rows.
+
+    Returns:
+        `window_rows`, and `levels`: per window the smallest share of false alarms at which it would alarm.
+        Empty with too few rows to say anything.
+    """
+    total = min(_rows_of(tensors), CHECK_MOST_ROWS)
+    half = total // 2
+    if half < 50:
+        return {}
+    window_rows, columns = min(CHECK_ROWS, half), len(layout.features)
+    splits = max(20, min(CHECK_SPLITS, 20_000 // max(columns, 1)))
+    generator = np.random.default_rng(20240502)
+    ordered = [feature.kind == "number" for feature in layout.features]
+    limits: Limits | None = None
+    levels = []
+    for _ in range(splits):
+        order = generator.permutation(_rows_of(tensors))[:total]
+        counts = _count_rows(tensors, outputs, layout, order[:half]).counts
+        # Halves differ by chance only: the first one's limits serve them all, they take most of the time.
+        limits = limits or limits_of(counts, ordered, window_rows, CHECK_LEVEL)
+        window = _count_rows(tensors, outputs, layout, order[half : half + window_rows])
+        levels.append(round(limits.level(*effects_of(profile_of(counts, ordered), pad(window.counts))), 4))
+    return {"window_rows": window_rows, "levels": levels}
+
+
+def _rows_of(tensors: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(tensors.values())))
+
+
+def _count_rows(
+    tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], layout: Layout, rows: np.ndarray
+) -> Histograms:
+    histograms = Histograms(layout)
+    histograms.add(
+        {name: array[rows] for name, array in tensors.items()}, {name: array[rows] for name, array in outputs.items()}
+    )
+    return histograms
+
+
+def measured_false_alarms(reference: Mapping[str, Any], false_alarms: float) -> float | None:
+    """The share of real windows of the reference that would alarm; None when there were too few rows to measure.
+
+    Example:
+        >>> measured_false_alarms({"check": {"window_rows": 200, "levels": [0.5, 0.01, 1.0, 0.3]}}, 0.02)
+        0.25
+    """
+    levels = reference.get("check", {}).get("levels")
+    return sum(level < false_alarms for level in levels) / len(levels) if levels else None
 
 
 def _input_features(spec: Any, array: np.ndarray) -> list[Feature]:
@@ -73,9 +130,7 @@ def _input_features(spec: Any, array: np.ndarray) -> list[Feature]:
             name = spec.columns[column] if column < len(spec.columns) else f"{spec.name}[{column}]"
         values = flat[:, column]
         if spec.dtype == "string":
-            found, counts = np.unique(values.astype(str), return_counts=True)
-            order = np.lexsort((found, -counts))[:MAX_CATEGORIES]
-            known = sorted(str(found[index]) for index in order if found[index] != "")
+            known = top_categories(values)
             features.append(Feature(name=name, kind="category", tensor=spec.name, column=column, categories=known))
         else:
             numbers = values.astype(np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import numpy as np
 CHUNK_ROWS = 65_536
 BINS = 12
 MAX_CATEGORIES = 20
+MAX_CATEGORY_LENGTH = 256  # a longer value is counted among the others: a profile stays small
+_LARGEST = float(np.finfo(np.float32).max)
 PREDICTION = "prediction"
 CONFIDENCE = "confidence"
 
@@ -111,7 +114,8 @@ class Histograms:
         if feature.kind == "category":
             self._count_categories(index, values)
             return
-        numbers = np.ascontiguousarray(values, np.float32)
+        with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite: it is in the outermost bin
+            numbers = np.ascontiguousarray(values, np.float32)
         missing = np.isnan(numbers)
         if missing.any():
             self.counts[index][-1] += int(missing.sum())
@@ -124,8 +128,7 @@ class Histograms:
 
     def _count_categories(self, index: int, values: np.ndarray) -> None:
         known, counts = self._categories[index], self.counts[index]
-        found, numbers = np.unique(values.astype(str), return_counts=True)
-        for value, number in zip(found.tolist(), numbers.tolist(), strict=True):
+        for value, number in category_counts(values).items():
             counts[-1 if value == "" else known.get(value, -2)] += number
 
     def merge(self, other: Histograms) -> None:
@@ -187,6 +190,33 @@ def layout_from_reference(reference: Mapping[str, Any]) -> Layout:
     return msgspec.convert(histograms["layout"], Layout) if histograms else Layout()
 
 
+def category_counts(values: np.ndarray) -> Counter[str]:
+    """How often each value occurs; None is missing, as "" is.
+
+    Python's own strings, not an array of fixed-width ones: there one cell of a million characters takes 4 MB a row.
+
+    Example:
+        >>> dict(category_counts(np.array(["a", None, "a", ""], object)))
+        {'a': 2, '': 2}
+    """
+    counts: Counter[str] = Counter()
+    for value, number in Counter(values.tolist()).items():
+        counts["" if value is None else str(value)] += number
+    return counts
+
+
+def top_categories(values: np.ndarray, most: int = MAX_CATEGORIES) -> list[str]:
+    """The commonest values in alphabetical order; a missing one is none of them, nor is a cell of text.
+
+    Example:
+        >>> top_categories(np.array(["b", "a", "b", "", "c" * 1000], object))
+        ['a', 'b']
+    """
+    counts = category_counts(values)
+    found = [value for value in counts if value != "" and len(value) <= MAX_CATEGORY_LENGTH]
+    return sorted(sorted(found, key=lambda value: (-counts[value], value))[:most])
+
+
 def edges_of(values: np.ndarray, bins: int = BINS) -> list[float]:
     """Inner edges at quantiles, fewer where values repeat; around the value where all are equal.
 
@@ -204,9 +234,9 @@ def edges_of(values: np.ndarray, bins: int = BINS) -> list[float]:
     low, high = float(finite.min()), float(finite.max())
     if low == high:
         width = max(abs(low) * 1e-3, 1e-3)
-        return [low - width, low + width]
+        return [max(low - width, -_LARGEST), min(low + width, _LARGEST)]
     inner = np.quantile(finite, np.linspace(0, 1, bins + 1)[1:-1])
     span = (high - low) * 0.05
     # Repeated values sit between edges, not on them; beyond the seen range are bins of their own.
-    candidates = np.concatenate([[low - span], inner + 1e-9, [high + span]])
+    candidates = np.clip(np.concatenate([[low - span], inner + 1e-9, [high + span]]), -_LARGEST, _LARGEST)
     return [float(edge) for edge in np.unique(candidates.astype(np.float32))]

@@ -47,9 +47,10 @@ class State(msgspec.Struct, kw_only=True):
     batch: int = 0  # batches done in this epoch
     loss_sum: float = 0.0  # of this epoch, over rows
     rows_seen: int = 0
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # whose weights are kept
     best_score: float | None = None
-    best_loss: float | None = None
+    top_score: float | None = None  # the best so far, and its standard error
+    top_error: float = 0.0
     stale: int = 0  # epochs without an improvement
     stop: bool = False
     epochs: list[EpochFacts] = []
@@ -58,10 +59,11 @@ class State(msgspec.Struct, kw_only=True):
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    """The model on the validation rows."""
+    """The model on the validation rows; `error` is the score's standard error, 0 where it is unknown."""
 
     loss: float
     score: float
+    error: float = 0.0
 
 
 class Hooks(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,19 +281,23 @@ class Trainer:
             self._hooks.log(f"validation_{self._hooks.metric}", facts.validation_score, step)
 
     def _judge(self, loss: float, found: Validation | None) -> None:
-        """Remember the best weights, and whether it is time to stop. Without validation rows the loss judges."""
+        """Remember the weights worth keeping, and whether it is time to stop.
+
+        The latest epoch within one standard error of the best score is kept: among scores that the few
+        validation rows cannot tell apart, the one trained longest (Breiman's rule; chance decides less).
+        Without validation rows the training loss judges.
+        """
         state, stopping = self.state, self._train.early_stopping
         score = found.score if found else loss
-        tie = found.loss if found else loss
         sign = 1.0 if found and self._hooks.higher_is_better else -1.0
-        gain = math.inf if state.best_score is None else sign * (score - state.best_score)
-        delta = stopping.min_delta if stopping else 0.0
-        is_better = gain > delta or (gain == 0 and tie < (state.best_loss if state.best_loss is not None else math.inf))
-        if is_better:
-            state.best_epoch, state.best_score, state.best_loss = state.epoch + 1, score, tie
+        gain = math.inf if state.top_score is None else sign * (score - state.top_score)
+        if gain > 0:
+            state.top_score, state.top_error = score, found.error if found else 0.0
+        if gain >= -state.top_error:
+            state.best_epoch, state.best_score = state.epoch + 1, score
             self._best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
             self._is_best_stored = False
-        state.stale = 0 if gain > delta else state.stale + 1
+        state.stale = 0 if gain > (stopping.min_delta if stopping else 0.0) else state.stale + 1
         state.stop = stopping is not None and state.stale >= stopping.patience
 
     def _is_checkpoint_due(self, now: float) -> bool:

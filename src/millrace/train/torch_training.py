@@ -22,7 +22,7 @@ from millrace.core.ports import Context
 from millrace.core.spec import Spec, Train
 from millrace.formats.dataset import DatasetReader, Manifest
 from millrace.formats.feed import Feed, open_feed
-from millrace.stats.metrics import METRICS, chosen_metrics, score
+from millrace.stats.metrics import METRICS, chosen_metrics, score, standard_error
 from millrace.train.checkpoint import CheckpointStore
 from millrace.train.class_weights import class_weights
 from millrace.train.graphs import Answer, assemble
@@ -293,8 +293,11 @@ def _validator(
         finished = answer.finish(outputs.cpu().numpy())
         probabilities = finished if target is None else None
         found = finished.argmax(axis=1) if target is None else finished[:, 0]
-        value = score(metric, labels, found, probabilities)
-        return Validation(loss=float(loss(outputs, answers)), score=value)
+        return Validation(
+            loss=float(loss(outputs, answers)),
+            score=score(metric, labels, found, probabilities),
+            error=standard_error(metric, labels, found, probabilities),
+        )
 
     return validate
 

@@ -1,0 +1,147 @@
+"""What the connections of a server share: limits, allowed hosts, known request heads, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Any, Protocol
+
+from millrace.core.types import Struct
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
+_MAX_HEADS, _MAX_HEAD_BYTES = 1024, 2048
+
+
+class HttpLimits(Struct, frozen=True, kw_only=True):
+    """What one connection may cost.
+
+    A message must be complete `body_timeout_s` after it began, its head after `head_timeout_s`.
+    """
+
+    max_head_bytes: int = 16 << 10
+    max_body_bytes: int = 64 << 20
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    idle_timeout_s: float = 75.0
+    max_pipelined: int = 64
+
+
+class Head(Struct, frozen=True, kw_only=True):
+    """A parsed request head. `length` is that of the body; the connection is kept."""
+
+    method: bytes
+    target: bytes
+    headers: dict[bytes, bytes]
+    length: int
+
+
+class Member(Protocol):
+    """A connection as the service sees it."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request has begun and is not answered."""
+        ...
+
+    def check_time(self, now_s: float) -> None:
+        """Close or refuse what has taken too long."""
+        ...
+
+    def abort(self) -> None:
+        """Cut it."""
+        ...
+
+
+class Service:
+    """What all connections of a server share. For the event loop's thread.
+
+    Args:
+        handler: Called with the `Exchange` of every well-formed request.
+        limits: See `HttpLimits`.
+        allowed_hosts: Host names that the server answers to, besides the loopback ones. Foreign names
+            are refused: a web page must not reach a loopback server by a name of its own.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[Any], None],
+        limits: HttpLimits | None = None,
+        allowed_hosts: frozenset[str] = frozenset(),
+    ) -> None:
+        self.handler = handler
+        self.limits = limits or HttpLimits()
+        self.allowed_hosts = LOOPBACK_HOSTS | {host.lower() for host in allowed_hosts}
+        self.connections: set[Member] = set()
+        self.is_draining = False
+        self.refused: Callable[[int], None] = _ignore  # told of answers that no handler gave
+        self.heads: dict[bytes, Head] = {}  # request heads that were parsed and allowed before
+        self._known_hosts: dict[bytes, bool] = {}
+        self.date_line = b""
+        self.now_s = 0.0
+        self.tick()
+
+    def tick(self) -> None:
+        """Renew what is read often: the time, and the Date header."""
+        self.now_s = time.monotonic()
+        self.date_line = b"Date: %s\r\n" % formatdate(usegmt=True).encode()
+
+    def allows(self, host: bytes) -> bool:
+        """Whether a Host header (or the host of an Origin) names this server.
+
+        Example:
+            >>> service = Service(lambda exchange: None)
+            >>> service.allows(b"localhost:8080"), service.allows(b"[::1]:80"), service.allows(b"evil.example")
+            (True, True, False)
+        """
+        known = self._known_hosts.get(host)
+        if known is None:
+            known = host_name(host.decode("latin-1")) in self.allowed_hosts
+            if len(self._known_hosts) < 256:
+                self._known_hosts[host] = known
+        return known
+
+    def remember(self, head: bytes, parsed: Head) -> None:
+        """Keep a head, so that the same bytes need not be parsed again: clients repeat themselves."""
+        if len(self.heads) >= _MAX_HEADS:
+            self.heads.clear()
+        if len(head) <= _MAX_HEAD_BYTES:
+            self.heads[head] = parsed
+
+    def sweep(self) -> None:
+        """Close what takes too long; to be called several times per time-out."""
+        self.tick()
+        for connection in list(self.connections):
+            connection.check_time(self.now_s)
+
+    def sweep_interval_s(self) -> float:
+        """How often `sweep` is due."""
+        shortest = min(self.limits.head_timeout_s, self.limits.body_timeout_s, self.limits.idle_timeout_s)
+        return min(0.5, shortest / 4)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests begun and not yet answered, over all connections."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    def abort(self) -> None:
+        """Cut every connection."""
+        for connection in list(self.connections):
+            connection.abort()
+
+
+def host_name(host: str) -> str:
+    """The name in `name:port`, lower case.
+
+    Example:
+        >>> host_name("LocalHost:80"), host_name("[::1]:8080"), host_name("a:b:c")
+        ('localhost', '[::1]', 'a:b:c')
+    """
+    name, colon, port = host.rpartition(":")
+    if colon and port.isdigit() and (":" not in name or name.endswith("]")):
+        return name.lower()
+    return host.lower()
+
+
+def _ignore(_: int) -> None:
+    """Nobody counts."""
