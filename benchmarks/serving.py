@@ -103,7 +103,8 @@ def bodies(folder: Path) -> dict[str, dict[str, str]]:
 def wrk(port: int, path: str, environment: dict[str, str], connections: int, seconds: float) -> dict[str, float]:
     """One run of wrk: requests per second, p50 and p99 in seconds. Every answer must be a 200."""
     command = [
-        "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", str(HERE / "post.lua"),
+        "wrk", "-t1", "--timeout", "20s",
+        f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", str(HERE / "post.lua"),
         f"http://127.0.0.1:{port}{path}",
     ]  # fmt: skip
     text = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import re
+import struct
+import zlib
 from typing import Any
 
 import msgspec
 import pytest
 
+from millrace.control import charts
+from millrace.control.card import render_card
+from millrace.control.pareto import pareto
+from millrace.control.pictures import image
 from millrace.control.report import render_report
 from millrace.core import facts as f
 
@@ -93,3 +101,70 @@ def test_a_failed_run_says_what_went_wrong() -> None:
     page = render({}, "failed", {"message": f"model.py:3 {HOSTILE}", "hint": "look"})
     assert "What went wrong" in page
     assert "model.py:3 &lt;script&gt;" in page
+
+
+def test_a_loss_that_became_null_and_an_old_record_do_not_break_the_page() -> None:
+    facts = full_facts()
+    facts["train"]["epochs"] = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}]
+    facts["monitor"] = {"windows": "from another age"}
+    page = render(facts)
+    assert "<h2>Training</h2>" in page
+    assert "loss 0.5" in page
+    assert "Its facts cannot be shown" in page, "what is left out is said"
+    assert "Expected `array`" in page
+
+
+@pytest.mark.parametrize("values", [[None], [math.nan, math.inf], [1.0], [1.0, None, 3.0]])
+def test_curves_with_gaps(values: list[float | None]) -> None:
+    assert charts.lines([("loss", values)], "curves", mark=1).startswith("<svg")
+
+
+@pytest.mark.parametrize("width", [charts.WIDE, charts.NARROW])
+def test_labels_stay_inside_and_whole(width: int) -> None:
+    chart = charts.wins({"wins": 4, "losses": 2}, width)
+    assert f'viewBox="0 0 {width} ' in chart
+    assert "only the champion is right" in chart
+    for x in re.findall(r'<text x="([\d.]+)"', chart):
+        assert 0 <= float(x) <= width
+
+
+@pytest.mark.parametrize("width", [charts.WIDE, charts.NARROW])
+def test_names_of_equal_variants_do_not_lie_on_one_another(width: int) -> None:
+    latency = [{"batch_size": 1, "p50_s": 1e-4, "speedup": 1.0, "low": 0.9, "high": 1.1}]
+    variants = [{"name": f"variant-{index}", "guarantee": None, "latency": latency} for index in range(5)]
+    chart = pareto(variants, "variant-0", 0.01, "pp", width)
+    places = [float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>variant-', chart)]
+    sides = re.findall(r'text-anchor="(\w+)">variant-', chart)
+    assert len(set(zip(places, sides, strict=True))) == 5
+
+
+def test_images_are_small_whatever_their_size() -> None:
+    photo = image([0.5] * (600 * 800 * 3), [600, 800, 3], "a photo")
+    assert len(photo) < 20_000
+    assert image([0, 1, 2, 3], [2, 2], 'a "quoted" <one>').count("<") == 1
+    assert image([], [2, 2], "nothing").startswith("<img")
+    assert image([math.nan] * 4, [2, 2], "nothing").startswith("<img")
+
+
+def test_colour_images_keep_their_colours() -> None:
+    data = image([1.0, 0.0, 0.0, 0.0, 0.0, 1.0], [1, 2, 3], "red, blue").split("base64,")[1].split('"')[0]
+    png = base64.b64decode(data)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    at = png.index(b"IDAT")
+    (size,) = struct.unpack(">I", png[at - 4 : at])
+    assert zlib.decompress(png[at + 4 : at + 4 + size]) == b"\0" + bytes([255, 0, 0, 0, 0, 255])
+
+
+def test_the_card_has_numbers_limits_and_no_markup_from_outside() -> None:
+    facts = full_facts()
+    facts["evaluate"]["slices"] = [
+        {"column": "a|b", "value": HOSTILE, "rows": 7, "score": 0.25, "low": 0.1, "high": 0.5},
+        {"column": "a|b", "value": "fine", "rows": 7, "score": 0.75, "low": 0.5, "high": 0.9},
+    ]
+    facts["compress"]["variants"][1]["needs_vnni"] = True
+    card = render_card(facts, "project")
+    assert "<script" not in card
+    assert "| accuracy | 0.5 | 0.1 to 0.9 |" in card
+    assert "Lowest slice: a\\|b = &lt;script>alert(1)&lt;/script>, 0.25 on 7 rows" in card
+    assert "Only on processors with VNNI: int8-static" in card
+    assert "## Limits" in render_card({}, "project")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from millrace.core.errors import CorruptError, InputError, NotFoundError, UntrustedError
+from millrace.core.ids import digest_bytes
 from millrace.formats.bundle import BundleContents, open_bundle, write_bundle
 from millrace.formats.signature import Signature, TensorSpec
 
@@ -104,10 +106,62 @@ def test_unsigned_and_foreign_signatures_are_refused(tmp_path: Path, contents: B
             open_bundle(tmp_path / "b", signature, OneKey())
 
 
-@pytest.mark.parametrize("name", ["../x", "fp32", "a/b", ""])
-def test_a_variant_needs_a_plain_name(tmp_path: Path, contents: BundleContents, name: str) -> None:
-    import msgspec
+def reseal(folder: Path) -> None:
+    """What a forger does: change a file, then write a manifest that fits."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            data = path.read_bytes()
+            name = path.relative_to(folder).as_posix()
+            entries.append({"path": name, "digest": digest_bytes(data), "size_bytes": len(data)})
+    (folder / "manifest.json").write_bytes(msgspec.json.encode(entries))
 
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "gone", "fp32", "int8-static/../../../outside"])
+def test_a_variant_that_leads_out_of_the_bundle_is_refused(tmp_path: Path, contents: BundleContents, name: str) -> None:
+    write_bundle(tmp_path / "b", contents)
+    (tmp_path / "outside.onnx").write_bytes(b"evil")
+    info = msgspec.json.decode((tmp_path / "b" / "bundle.json").read_bytes())
+    (tmp_path / "b" / "bundle.json").write_bytes(msgspec.json.encode({**info, "variants": [name]}))
+    reseal(tmp_path / "b")
+    with pytest.raises(CorruptError, match="holds no such file"):
+        open_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "bundle.json", "reference.json", "golden.json"])
+def test_a_bundle_without_a_part_is_refused_although_its_manifest_fits(
+    tmp_path: Path, contents: BundleContents, name: str
+) -> None:
+    write_bundle(tmp_path / "b", contents)
+    (tmp_path / "b" / name).unlink()
+    reseal(tmp_path / "b")
+    with pytest.raises(CorruptError, match=name):
+        open_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        b"[]",
+        b"{",
+        b'{"inputs":{},"outputs":{"y":{"dtype":"object","shape":[1],"values":[1]}}}',
+        b'{"inputs":{},"outputs":{"y":{"dtype":"float32","shape":[7],"values":[1]}}}',
+        b'{"inputs":{},"outputs":{"y":{"dtype":"float32","shape":[-1],"values":[1]}}}',
+        b'{"inputs":{},"outputs":{"y":{"dtype":"float32","shape":[1],"values":["word"]}}}',
+    ],
+)
+def test_golden_answers_that_are_no_arrays_are_refused_by_name(
+    tmp_path: Path, contents: BundleContents, golden: bytes
+) -> None:
+    write_bundle(tmp_path / "b", contents)
+    (tmp_path / "b" / "golden.json").write_bytes(golden)
+    reseal(tmp_path / "b")
+    with pytest.raises(CorruptError, match=r"golden\.json"):
+        _ = open_bundle(tmp_path / "b").golden
+
+
+@pytest.mark.parametrize("name", ["../x", "fp32", "a/b", "", "ß", "-x"])
+def test_a_variant_needs_a_plain_name(tmp_path: Path, contents: BundleContents, name: str) -> None:
     bad = msgspec.structs.replace(contents, variants={name: tmp_path / "small.onnx"})
     with pytest.raises(InputError, match="cannot be named"):
         write_bundle(tmp_path / "b", bad)

@@ -82,4 +82,8 @@ def test_an_alert_keeps_a_bounded_history() -> None:
 
 def test_windows_of_the_reference_rarely_alarm() -> None:
     assert false_alarm_rate(REFERENCE, 200, 0.02, seed=0) <= 0.05
+    drawn_only = {name: value for name, value in REFERENCE.items() if name != "check"}
+    assert false_alarm_rate(drawn_only, 200, 0.02, seed=0) <= 0.05
+    # Half the windows, when half may: the rate is measured, it is not a constant.
+    assert 0.2 <= false_alarm_rate(drawn_only, 200, 0.5, seed=0) <= 0.6
     assert false_alarm_rate({}, 200, 0.02, seed=0) == 0.0

@@ -86,7 +86,7 @@ def test_requests_of_one_tick_share_calls(cost: Cost) -> None:
     run(jobs, infer, cost)
     assert [job.answer() for job in jobs] == [[2.0 * i] for i in range(20)]
     assert sum(infer.batches) == 20
-    assert max(infer.batches) == 8
+    assert max(infer.batches) <= 8
     if cost is QUICK:
         assert infer.batches == [8, 8, 4]
         assert infer.threads == {"MainThread"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import struct
@@ -259,6 +260,46 @@ def test_pipelined_requests_are_answered_in_order(digits: Any) -> None:
     assert kinds == [True, False] * 40 + [False]
     broken = exchange(digits.port, post + body + b"BROKEN\r\n\r\n")
     assert broken.index(b'"id":"first"') < broken.index(b"HTTP/1.1 400")
+
+
+@SLOW
+@given(st.lists(st.integers(1, 900), max_size=6), st.integers(2, 4))
+def test_repeated_requests_however_they_are_cut(digits: Any, cuts: list[int], repeats: int) -> None:
+    """The second time a head is looked up instead of parsed: in one piece, in several, or several at once."""
+    document = json.dumps({"inputs": [binary(256)], "id": "x"}).encode()
+    request = (
+        b"POST %s HTTP/1.1\r\n%sInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n"
+        % (INFER.encode(), HOST, len(document), len(document) + 256)
+        + document
+        + bytes(256)
+    )
+    stream = request * repeats
+    last = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    places = [0, *sorted(cut % len(stream) for cut in cuts), len(stream)]
+    with socket.create_connection(("127.0.0.1", digits.port), timeout=20) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in itertools.pairwise(places):
+            client.sendall(stream[start:end])
+        client.sendall(last)
+        answer = b""
+        while chunk := client.recv(1 << 16):
+            answer += chunk
+    assert answer.count(b"HTTP/1.1 200 OK") == repeats + 1
+    assert answer.count(b'"id":"x"') == repeats
+
+
+def test_a_known_head_with_another_body_is_judged_anew(digits: Any) -> None:
+    head = b"POST %s HTTP/1.1\r\n%sContent-Length: 2\r\n\r\n" % (INFER.encode(), HOST)
+    with socket.create_connection(("127.0.0.1", digits.port), timeout=20) as client:
+        for body in (b"{}", b"[]", b"{}"):
+            client.sendall(head + body)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json")
+        client.sendall(head + b"{}GARBAGE\r\n\r\n")
+        answer = b""
+        while chunk := client.recv(1 << 16):
+            answer += chunk
+    assert answer.count(b"HTTP/1.1 400") == 2
+    assert b"malformed HTTP" in answer
 
 
 @SLOW

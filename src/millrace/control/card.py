@@ -14,28 +14,63 @@ def render_card(facts: Mapping[str, Mapping[str, Any]], project: str) -> str:
         project: The project's name.
     """
     register = facts.get("register", {})
-    parts = [f"# {register.get('model', project)}\n"]
+    parts = [f"# {_cell(register.get('model', project))}\n"]
     for section, write in (("data", _data), ("train", _train), ("evaluate", _evaluate), ("compress", _compress)):
         if facts.get(section):
             parts.append(write(facts[section]))
     gate = register.get("gate", {})
     if gate:
-        parts.append(f"## Promotion\n\n{gate.get('verdict')}: {gate.get('explanation')}\n")
-    parts.append(
-        "## Limits\n\nThe figures hold for rows like the held-out ones above. Guarantees bound the loss of a variant "
-        "against its base on such rows, not the base's own mistakes. Drift alerts say when rows stop being like them.\n"
-    )
+        parts.append(f"## Promotion\n\n{gate.get('verdict')}: {_cell(gate.get('explanation'))}\n")
+    parts.append("## Limits\n\n" + "".join(f"- {limit}\n" for limit in _limits(facts)))
     return "\n".join(parts)
+
+
+def _limits(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the figures do not say, with the numbers that say how far they go."""
+    evaluate, compress = facts.get("evaluate") or {}, facts.get("compress") or {}
+    rows = evaluate.get("rows")
+    limits = [
+        f"The figures hold for rows like the {rows or ''} held-out ones above, and for no others.".replace("  ", " ")
+    ]
+    if evaluate.get("slices"):
+        worst = min(evaluate["slices"], key=lambda one: one["score"])
+        where = f"{_cell(worst['column'])} = {_cell(worst['value'])}"
+        limits.append(f"Lowest slice: {where}, {worst['score']:.4g} on {worst['rows']} rows.")
+    if evaluate.get("baseline") is not None:
+        limits.append(f"Always giving the same answer scores {evaluate['baseline']:.4g} on these rows.")
+    if compress:
+        limits.append(
+            "A guarantee bounds what a variant loses against its base on such rows "
+            f"({compress.get('confidence', 0) * 100:g} % sure), not the base's own mistakes."
+        )
+        vnni = [_cell(one["name"]) for one in compress.get("variants", []) if one.get("needs_vnni")]
+        if vnni:
+            limits.append(f"Only on processors with VNNI: {', '.join(vnni)}. Elsewhere answers change.")
+    return [
+        *limits,
+        "Drift alerts say when rows stop being like the held-out ones; they do not say that answers are wrong.",
+    ]
+
+
+def _cell(value: Any) -> str:
+    """Text from outside as Markdown shows it: no markup, no new lines, no new columns.
+
+    Example:
+        >>> _cell("a|b <i>\\n# c")
+        'a\\\\|b &lt;i> # c'
+    """
+    text = " ".join(str(value).split())
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def _data(facts: Mapping[str, Any]) -> str:
     split = ", ".join(f"{name} {rows}" for name, rows in (facts.get("split") or {}).items())
-    return f"## Data\n\n{facts.get('task')} of `{facts.get('label')}`; {facts.get('rows_kept')} rows: {split}.\n"
+    return f"## Data\n\n{facts.get('task')} of `{_cell(facts.get('label'))}`; {facts.get('rows_kept')} rows: {split}.\n"
 
 
 def _train(facts: Mapping[str, Any]) -> str:
     size = f", {facts['parameters']} parameters" if facts.get("parameters") else ""
-    return f"## Training\n\n{facts.get('model')} ({facts.get('framework')}{size}, {facts.get('precision')}).\n"
+    return f"## Training\n\n{_cell(facts.get('model'))} ({facts.get('framework')}{size}, {facts.get('precision')}).\n"
 
 
 def _evaluate(facts: Mapping[str, Any]) -> str:
@@ -46,7 +81,9 @@ def _evaluate(facts: Mapping[str, Any]) -> str:
         lines.extend(["", "| slice | rows | score | interval |", "|---|---|---|---|"])
         for one in facts["slices"]:
             interval = f"{one['low']:.4g} to {one['high']:.4g}"
-            lines.append(f"| {one['column']} = {one['value']} | {one['rows']} | {one['score']:.4g} | {interval} |")
+            lines.append(
+                f"| {_cell(one['column'])} = {_cell(one['value'])} | {one['rows']} | {one['score']:.4g} | {interval} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -38,6 +38,7 @@ class _Driving:
         self._queue: queue.Queue[RunEvent | None] = queue.Queue()
         self._driver = Driver(services, run, self._queue.put)
         self._ended: Run | None = None
+        self._report: Path | None = None
         self._failure: BaseException | None = None
         self._interrupts = 0
 
@@ -63,16 +64,18 @@ class _Driving:
 
     def _drive(self) -> None:
         try:
-            self._ended = self._driver.drive()
+            self._ended = self._driver.drive(self._publish)
         except BaseException as failure:  # noqa: BLE001 - carried to the caller's thread and raised there
             self._failure = failure
         finally:
             self._queue.put(None)
 
+    def _publish(self, run: Run) -> None:
+        self._report = write_report(self._services, run)
+
     def _end(self) -> RunEvent:
         assert self._ended is not None
-        report = write_report(self._services, self._ended)
-        return end_event(self._ended, report)
+        return end_event(self._ended, self._report)
 
 
 def end_event(run: Run, report: Path | None) -> RunEvent:

@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from millrace.control.commits import COMMITS, PREPARATIONS, Preparation
 from millrace.control.journal import Journal
 from millrace.control.planning import (
@@ -66,8 +68,11 @@ class Driver:
         for handle in handles:
             handle.cancel(grace_s=0.0 if now else 10.0)
 
-    def drive(self) -> Run:
+    def drive(self, publish: Callable[[Run], None]) -> Run:
         """Run every step that is not done; returns the ended run.
+
+        Args:
+            publish: Called with the ended run before anybody can see that it has ended.
 
         Raises:
             Nothing of a step: a failed step ends the run as `failed` with the step's error.
@@ -86,8 +91,12 @@ class Driver:
         if self._cancelled.is_set() and error is None and not self._all_done():
             error = CancelledError("the run was cancelled")
         state = "cancelled" if isinstance(error, CancelledError) else "failed" if error else "succeeded"
-        described = error.to_dict() if error else None
-        return self._journal.run(self._run.id, state, ended_at=clock.now(), error=described)
+        end = {"ended_at": clock.now(), "error": error.to_dict() if error else None}
+        try:
+            publish(msgspec.structs.replace(self._run, state=state, **end))
+        finally:
+            self._run = self._journal.run(self._run.id, state, **end)
+        return self._run
 
     def _all_done(self) -> bool:
         return all(step.state in STEP_DONE_STATES for step in self._steps.values())

@@ -5,7 +5,7 @@ from millrace.core.ports import StageDescriptor
 MONITOR = StageDescriptor(
     name="monitor",
     implementation="millrace.monitor.stage:monitor",
-    version="1",
+    version="2",
     sections=("monitor",),
     inputs=("register.bundle", "serve.telemetry"),
 )

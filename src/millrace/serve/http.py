@@ -196,17 +196,20 @@ class Connection(asyncio.Protocol):
             self._refuse_after(error)
             return
         if self._in_message:
-            if not self._began_s:
-                self._began_s = time.monotonic()
-            if self._in_head and was_in_head:
-                self._head_bytes += len(data)  # a header that does not end is kept inside the parser
-                if self._head_bytes > self.service.limits.max_head_bytes:
-                    self._refuse(431, self._head_too_large())
-                    return
+            self._note_unfinished(len(data), was_in_head)
         elif self._begun == 1 and not was_in_message and not self._is_closing:
             self._remember(data)
         if len(self._queue) >= self.service.limits.max_pipelined:
             self._update_reading()
+
+    def _note_unfinished(self, size_bytes: int, was_in_head: bool) -> None:
+        """A message goes on: since when, and how much of a head the parser keeps inside."""
+        if not self._began_s:
+            self._began_s = time.monotonic()
+        if self._in_head and was_in_head:
+            self._head_bytes += size_bytes
+            if self._head_bytes > self.service.limits.max_head_bytes:
+                self._refuse(431, self._head_too_large())
 
     def _take_known(self, data: bytes) -> bool:
         """Exactly one request whose head has been parsed before, byte for byte: nothing to parse."""

@@ -19,7 +19,7 @@ from millrace.stats.histogram import CONFIDENCE, PREDICTION, Feature, Histograms
 
 TOP = 8
 CHECK_ROWS = 200  # rows of a window in the check on real rows
-CHECK_SPLITS = 100
+CHECK_SPLITS = 60
 CHECK_MOST_ROWS = 2000
 CHECK_LEVEL = 0.02  # only how many windows are drawn depends on it
 
