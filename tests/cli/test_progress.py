@@ -39,7 +39,7 @@ def test_one_plain_line_for_each_step(
     monkeypatch.chdir(tmp_path)
     assert show_run(iter(events(tmp_path)), tmp_path / "millrace.yaml", as_json=False) is None
     assert capsys.readouterr().out.splitlines() == [
-        " data      9 in, 0 rejected; train 9   2 s",
+        " data      9 in, 0 rejected; train 9   2.0 s",
         " sweep     rows 3 (cached)",
         " train     FAILED: model.py:3 in forward",
         "report report.html",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import re
 import webbrowser
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ compress: {batch_sizes: [1]}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[millrace.Client, millrace.Run]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[millrace.Client, millrace.Run]:
     folder = tmp_path_factory.mktemp("sugar")
     table = load_diabetes()
     with (folder / "sugar.csv").open("w", newline="") as file:
@@ -32,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[millrace.Cli
         )
     (folder / "millrace.yaml").write_text(SPEC)
     client = millrace.connect(str(folder / ".millrace"))
-    yield client, client.run(folder / "millrace.yaml").wait(timeout_s=120)
+    return client, client.run(folder / "millrace.yaml").wait(timeout_s=120)
 
 
 def test_the_run_and_its_report(run: tuple[millrace.Client, millrace.Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +75,19 @@ def test_objects_show_themselves(run: tuple[millrace.Client, millrace.Run]) -> N
 def test_what_does_not_exist_is_named(run: tuple[millrace.Client, millrace.Run]) -> None:
     with pytest.raises(NotFoundError, match="there is no model 'salt'"):
         run[0].model("salt").predict([])
+
+
+def test_a_challenger_is_judged_on_the_same_rows_and_looks_are_counted(
+    run: tuple[millrace.Client, millrace.Run],
+) -> None:
+    client, first = run
+    assert first.facts["register"]["gate"]["verdict"] == "first"
+    again = client.run(first.record.spec_path, ["train.model=boosting"]).wait(timeout_s=120)
+    gate = again.facts["register"]["gate"]
+    assert gate["champion"].startswith("sugar v1")
+    assert gate["looks"] == 2
+    assert gate["wins"] + gate["losses"] + gate["ties"] == gate["rows"] > 100
+    assert gate["verdict"] in ("promoted", "kept", "undecided")
+    card = client.model("sugar@2").card
+    assert gate["explanation"] in card
+    assert f"{again.facts['evaluate']['metrics'][0]['value']:.4g}" in card

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import math
 import re
 import struct
+import subprocess
 import zlib
 from typing import Any
 
@@ -99,6 +101,7 @@ def test_a_partial_run_has_a_report(missing: str) -> None:
 
 def test_a_failed_run_says_what_went_wrong() -> None:
     page = render({}, "failed", {"message": f"model.py:3 {HOSTILE}", "hint": "look"})
+    assert "1 of 1 steps finished" in page
     assert "What went wrong" in page
     assert "model.py:3 &lt;script&gt;" in page
 
@@ -168,3 +171,13 @@ def test_the_card_has_numbers_limits_and_no_markup_from_outside() -> None:
     assert "Lowest slice: a\\|b = &lt;script>alert(1)&lt;/script>, 0.25 on 7 rows" in card
     assert "Only on processors with VNNI: int8-static" in card
     assert "## Limits" in render_card({}, "project")
+
+
+def test_the_command_can_be_pasted_whatever_an_override_holds() -> None:
+    page = html.unescape(render(full_facts()))
+    command = page[page.index("millrace run \\\n") :].split("\nmillrace serve")[0]
+    # A real shell: Python's shlex knows no line continuation.
+    script = f"millrace() {{ printf '%s\\n' \"$@\"; }}\n{command}\n"
+    shown = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["run", "--set", HOSTILE]
+    assert shown.stderr == ""

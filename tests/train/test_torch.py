@@ -14,9 +14,12 @@ from torch import nn
 
 from millrace.core.errors import InputError, NotFoundError, StageError, StepMemoryError
 from millrace.core.facts import TrainFacts
+from millrace.core.spec import EarlyStopping, Train
 from millrace.formats.dataset import open_dataset
+from millrace.stats.metrics import wilson
 from millrace.train import torch_training
-from millrace.train.loop import make_optimizer
+from millrace.train.checkpoint import CheckpointStore
+from millrace.train.loop import Hooks, Trainer, Validation, make_optimizer
 from millrace.train.rows import row_order
 from millrace.train.stage import train
 from millrace.train.torch_training import Target, TensorRows
@@ -78,7 +81,8 @@ def test_our_steps_are_those_of_plain_torch(digits: Any) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    best, best_loss = {}, (0.0, 0.0)
+    kept: dict[str, torch.Tensor] = {}
+    top = 0.0
     held = torch.from_numpy((reader.arrays("validation")["pixels"] - model_file["preprocess"]["mean"][0]) * scale)
     held_labels = torch.from_numpy(reader.labels("validation"))
     for epoch in range(2):
@@ -92,14 +96,12 @@ def test_our_steps_are_those_of_plain_torch(digits: Any) -> None:
             optimizer.zero_grad()
         with torch.no_grad():
             output = module(held)
-        found = (
-            float((output.argmax(1) == held_labels).float().mean()),
-            -float(nn.functional.cross_entropy(output, held_labels)),
-        )
-        if not best or found > best_loss:
-            best, best_loss = {name: value.clone() for name, value in module.state_dict().items()}, found
+        score = float((output.argmax(1) == held_labels).double().mean())
+        top = max(top, score)
+        if score >= wilson(round(top * 150), 150)[0]:
+            kept = {name: value.clone() for name, value in module.state_dict().items()}
     for name, value in weights(digits).items():
-        assert torch.allclose(value, best[name], atol=1e-5), name
+        assert torch.allclose(value, kept[name], atol=1e-5), name
 
 
 def test_rows_are_the_same_bits_from_memory_and_from_the_cache(cancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +121,47 @@ def test_the_seed_matters(digits: Any) -> None:
     assert not torch.equal(before["1.weight"], weights(digits)["1.weight"])
 
 
-def test_early_stopping_keeps_the_best_epoch(digits: Any) -> None:
+def test_early_stopping_keeps_the_latest_of_the_best_epochs(digits: Any) -> None:
     section = {"epochs": 30, "early_stopping": {"patience": 2}, "optimizer": {"name": "sgd", "lr": 0.2}}
     facts, _ = run(digits, MLP, **section)
     scores = [line["validation_score"] for line in facts["epochs"]]
     assert len(scores) < 30
-    assert facts["best_score"] == max(scores)
-    assert scores[facts["best_epoch"] - 1] == max(scores)
-    assert len(scores) - (1 + scores.index(max(scores))) == 2
+    top = scores.index(max(scores))
+    assert len(scores) - (1 + top) == 2
+    worse = wilson(round(scores[top] * 150), 150)[0]
+    assert facts["best_epoch"] - 1 == max(epoch for epoch, score in enumerate(scores) if score >= worse)
+    assert facts["best_score"] == scores[facts["best_epoch"] - 1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "ran"),
+    [
+        ([0.5, 0.9, 0.95, 0.94, 0.80, 0.80], 4, 6),  # .94 is within .02 of .95
+        ([0.5, 0.9, 0.95, 0.92, 0.91, 0.96, 0.90, 0.90, 0.90], 6, 9),
+        ([0.9] * 9, 4, 4),  # the same again is no improvement
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 9, 9),
+    ],
+)
+def test_which_epoch_is_kept_and_when_it_stops(scores: list[float], kept: int, ran: int, tmp_path: Path) -> None:
+    class Rows:
+        rows = 4
+
+        def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.ones(len(indices), 1), torch.ones(len(indices), 1)
+
+    section = Train(epochs=len(scores), early_stopping=EarlyStopping(patience=3), batch_size=4)
+    left, seen = iter(scores), []
+
+    def validate(module: nn.Module) -> Validation:
+        seen.append(next(module.parameters()).detach().clone())
+        return Validation(loss=0.0, score=next(left), margin=0.02)
+
+    hooks = Hooks(loss=nn.MSELoss(), validate=validate, log=lambda *_: None, metric="accuracy", higher_is_better=True)
+    context: Any = type("Nobody", (), {"seed": 0, "cancelled": False, "progress": lambda *_: None})()
+    trainer = Trainer(nn.Linear(1, 1), Rows(), section, context, hooks, CheckpointStore(tmp_path, "f"))
+    state = trainer.run()
+    assert (state.best_epoch, len(state.epochs)) == (kept, ran)
+    assert torch.equal(next(trainer.module.parameters()), seen[kept - 1])
 
 
 def test_regression_is_scaled_while_training(diabetes: Any) -> None:

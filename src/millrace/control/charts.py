@@ -50,7 +50,7 @@ def bars(counts: Sequence[tuple[str, float]], label: str, width: int = WIDE) -> 
         2
     """
     largest = max((value for _, value in counts), default=1) or 1
-    names = min(width * 0.62, CHAR * max((len(name) for name, _ in counts), default=1) + 12)
+    names = min(width * 0.62, 1.12 * CHAR * max((len(name) for name, _ in counts), default=1) + 12)
     room = width - names - 62
     body = []
     for index, (name, value) in enumerate(counts):

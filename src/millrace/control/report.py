@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from millrace.control import charts, pictures
 from millrace.control.pareto import pareto
 from millrace.core import facts as structs
+from millrace.core.states import STEP_DONE_STATES
 from millrace.core.units import format_duration, format_size
 
 Facts = Mapping[str, Any]
@@ -66,7 +68,7 @@ def render_report(
         for build in (_data, _training, _mistakes, _smaller, _promotion, _live)
         if (section := build(facts)) is not None
     ]
-    commands = ["millrace run", *(f"  --set {override}" for override in overrides)]
+    commands = [" \\\n  ".join(["millrace run", *(f"--set {shlex.quote(override)}" for override in overrides)])]
     model = facts.get("register", {}).get("model")
     if model:
         commands += [f"millrace serve {model}", f"millrace predict {model} --input rows.csv"]
@@ -74,7 +76,7 @@ def render_report(
         name=name,
         state=state,
         error=error,
-        tiles=_tiles(facts, state),
+        tiles=_tiles(facts, state, [status for status, _ in steps.values()]),
         verdict=_verdict(facts, state),
         sections=sections,
         unreadable=unreadable,
@@ -140,7 +142,7 @@ def _value(metric: str, value: float) -> str:
     return f"{value * 100:.1f} %" if metric in SHARES else charts.number(value)
 
 
-def _tiles(facts: Mapping[str, Facts], state: str) -> list[dict[str, str]]:
+def _tiles(facts: Mapping[str, Facts], state: str, statuses: list[str]) -> list[dict[str, str]]:
     tiles = []
     evaluate, compress = facts.get("evaluate"), facts.get("compress")
     if evaluate:
@@ -160,7 +162,10 @@ def _tiles(facts: Mapping[str, Facts], state: str) -> list[dict[str, str]]:
         wrong = [one for one in monitor["windows"] if one["is_alert"] == (one["label"] == "clean")]
         note = "quiet on clean rows, loud on damaged ones" if not wrong else "see below"
         tiles.append({"name": "drift watch", "value": "works" if not wrong else "check", "note": note})
-    return tiles or [{"name": "run", "value": state, "note": "no step has finished"}]
+    if tiles:
+        return tiles
+    done = sum(status in STEP_DONE_STATES for status in statuses)
+    return [{"name": "run", "value": state, "note": f"{done} of {len(statuses)} steps finished"}]
 
 
 def _chosen(compress: Facts) -> dict[str, Any]:
@@ -272,7 +277,7 @@ def _smaller(facts: Mapping[str, Facts]) -> dict[str, Any] | None:
         return None
     regression = facts.get("evaluate", {}).get("task") == "regression"
     unit = "% of the error" if regression else "pp"
-    header = ["variant", "verdict", "loses at most", "changed", "size"]
+    header = ["variant", "verdict", "error grows by" if regression else "loses at most", "changed", "size"]
     header += [f"b{one['batch_size']}" for one in compress["variants"][0]["latency"]]
     rows = []
     for index, variant in enumerate(compress["variants"]):
@@ -280,7 +285,7 @@ def _smaller(facts: Mapping[str, Facts]) -> dict[str, Any] | None:
         bound = guarantee.get("bound")
         cells = [variant["name"] + (" (served)" if variant["name"] == compress["chosen"] else "")]
         cells.append("base" if index == 0 else str(guarantee.get("status", "-")))
-        cells.append("-" if bound is None or index == 0 else f"{bound * 100:.2f} {unit}")
+        cells.append("-" if bound is None or index == 0 else f"{bound * 100:.2f} {unit.split()[0]}")
         cells.append("-" if index == 0 or not guarantee else f"{guarantee['changed']}/{guarantee['rows']}")
         cells.append(format_size(variant["size_bytes"]))
         for one in variant["latency"]:

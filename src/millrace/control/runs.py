@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,10 +159,12 @@ def _spawn_driver(services: Services, run: Run) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "millrace", "--home", str(services.home), "drive", run.id]
     with log.open("ab") as output:
-        subprocess.Popen(
+        driver = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             cwd=Path(run.spec_path).parent,
         )  # fmt: skip
+    # Where this process goes on (a notebook), an ended driver must not stay a zombie.
+    threading.Thread(target=driver.wait, name="driver", daemon=True).start()
 
 
 @handles(ops.DRIVE_RUN)

@@ -16,7 +16,6 @@ from millrace.core.facts import Task
 _RESAMPLES = 1000
 _RESAMPLED_VALUES = 20_000_000  # rows × resamples at most: keeps a bootstrap within seconds
 _SMALLEST_PROBABILITY = 1e-15
-_ONE_SIGMA = 0.6827
 
 Function = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], float]
 
@@ -322,19 +321,20 @@ def interval(
     return min(float(low), value), max(float(high), value)
 
 
-def standard_error(
+def chance_margin(
     name: str, expected: np.ndarray, answers: np.ndarray, probabilities: np.ndarray | None = None
 ) -> float:
-    """Half the width of the interval that holds 68.27 %; 0 for AUC and R², where that would take long.
+    """From a score to the worse end of its 95 % interval; 0 for AUC and R², where that would take long.
 
     Example:
-        >>> round(standard_error("accuracy", np.zeros(100), np.arange(100) % 10 == 0), 3)
-        0.03
+        >>> round(chance_margin("accuracy", np.zeros(150), np.zeros(150)), 3)
+        0.025
     """
     if len(expected) == 0 or METRICS[name].interval == "rows":
         return 0.0
-    low, high = interval(name, expected, answers, probabilities, confidence=_ONE_SIGMA)
-    return (high - low) / 2
+    low, high = interval(name, expected, answers, probabilities)
+    value = score(name, expected, answers, probabilities)
+    return value - low if METRICS[name].higher_is_better else high - value
 
 
 def _score_rows(

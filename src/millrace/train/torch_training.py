@@ -22,7 +22,7 @@ from millrace.core.ports import Context
 from millrace.core.spec import Spec, Train
 from millrace.formats.dataset import DatasetReader, Manifest
 from millrace.formats.feed import Feed, open_feed
-from millrace.stats.metrics import METRICS, chosen_metrics, score, standard_error
+from millrace.stats.metrics import METRICS, chance_margin, chosen_metrics, score
 from millrace.train.checkpoint import CheckpointStore
 from millrace.train.class_weights import class_weights
 from millrace.train.graphs import Answer, assemble
@@ -296,7 +296,7 @@ def _validator(
         return Validation(
             loss=float(loss(outputs, answers)),
             score=score(metric, labels, found, probabilities),
-            error=standard_error(metric, labels, found, probabilities),
+            margin=chance_margin(metric, labels, found, probabilities),
         )
 
     return validate
