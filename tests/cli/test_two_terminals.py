@@ -74,8 +74,9 @@ def test_a_second_run_follows_the_first_to_its_end(folder: Path) -> None:
     second = start(folder, "run")
     until(second, "following it")
     (folder / "go").touch()
-    second.communicate(timeout=60)
+    said, _ = second.communicate(timeout=60)
     first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0)
+    assert (first.returncode, second.returncode) == (0, 0), said
     listed, _ = start(folder, "runs", "--json").communicate()
     assert len(json.loads(listed)) == 1
+    assert (folder / ".millrace/records.db").is_file()

@@ -52,6 +52,7 @@ def test_guard_and_gate_judge_a_regression(run: tuple[millrace.Client, millrace.
     assert {one["metric"] for one in judged} <= {"absolute_error", "mae"}
     assert facts["register"]["gate"]["explanation"]
     assert facts["serve"]["wrong"] == 0
+    assert facts["monitor"]["reference_rows"] == facts["data"]["split"]["test"], "the profile is of held-out rows"
 
 
 def test_rows_of_any_kind_are_answered(run: tuple[millrace.Client, millrace.Run]) -> None:

@@ -22,11 +22,14 @@ FOLLOW_POLL_S = 0.2
 def drive_or_follow(services: Services, run: Run) -> Iterator[RunEvent]:
     """The events of a run until it ends; this process drives it when nobody else does."""
     lease = acquire(services.records, f"run/{run.id}", services.clock, LEASE_TTL_S)
-    if lease is None or run.state in RUN_END_STATES:
-        yield from follow(services, run)
-        return
-    with LeaseKeeper(services.records, lease, services.clock, LEASE_TTL_S):
-        yield from _Driving(services, run).events()
+    if lease is not None:
+        with LeaseKeeper(services.records, lease, services.clock, LEASE_TTL_S):
+            # Another driver may have ended the run, and let go of its lease, since `run` was read.
+            latest = services.records.get(Run, run.id) or run
+            if latest.state not in RUN_END_STATES:
+                yield from _Driving(services, latest).events()
+                return
+    yield from follow(services, run)
 
 
 class _Driving:
