@@ -7,7 +7,7 @@ from millrace.core.ports import StageDescriptor
 REGISTER = StageDescriptor(
     name="register",
     implementation="millrace.control.registration:register",
-    version="1",
+    version="2",
     sections=("register",),
     inputs=("data.dataset", "export.onnx", "evaluate.predictions", "compress.variants", "compress.measurements"),
     outputs=("bundle", "measurements", "card", "signature"),

@@ -5,7 +5,7 @@ from millrace.core.ports import StageDescriptor
 SERVE = StageDescriptor(
     name="serve",
     implementation="millrace.serve.probe:probe",
-    version="1",
+    version="2",
     sections=("serve",),
     inputs=("data.dataset", "register.bundle", "register.signature", "compress.measurements"),
     outputs=("telemetry",),

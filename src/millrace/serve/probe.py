@@ -16,7 +16,7 @@ from millrace.core.facts import ServeFacts
 from millrace.core.ports import Context
 from millrace.core.spec import Spec
 from millrace.formats.bundle import Bundle, open_bundle
-from millrace.formats.dataset import Manifest, open_dataset
+from millrace.formats.dataset import DatasetReader, Manifest, open_dataset
 from millrace.formats.rows import decode_answers
 from millrace.formats.session import open_session
 from millrace.formats.signature import Signature
@@ -27,6 +27,7 @@ from millrace.serve.telemetry import TelemetryFrame
 from millrace.stats.histogram import Histograms, layout_from_reference
 
 MAX_ROWS = 600
+MIN_CLEAN_ROWS = 50
 TOLERANCE = 1e-4  # between a server's and the offline probabilities, both decimals of float32
 TELEMETRY_WAIT_S = 10.0
 Tensors = dict[str, np.ndarray]
@@ -35,8 +36,9 @@ Tensors = dict[str, np.ndarray]
 def probe(spec: Spec, ctx: Context) -> dict[str, Any]:
     """Serve the bundle's chosen variant for a moment and compare its answers with offline ones.
 
-    Two windows of test rows are sent: as they are, and damaged (images inverted, numbers shifted by one
-    standard deviation). Output `telemetry` holds the histograms of both.
+    The test rows are sent and compared. Then come two windows: validation rows as they are, which the reference
+    has not seen, and damaged test rows (images inverted, numbers shifted by one standard deviation). Output
+    `telemetry` holds the histograms of both.
 
     Returns:
         `ServeFacts`.
@@ -66,8 +68,12 @@ def probe(spec: Spec, ctx: Context) -> dict[str, Any]:
         port = server.wait_ready()
         ready_s = time.perf_counter() - started_s
         client = RowClient(port, f"/v1/models/{config.server.name}:predict")
-        took_s, answers = send_rows(client, bundle.signature, tensors, ctx, "clean")
-        windows.close("clean", len(picked))
+        took_s, answers = send_rows(client, bundle.signature, tensors, ctx, "test")
+        windows.close("test", len(picked))
+        windows.closed.clear()  # the reference is made of these rows: they could not alarm
+        clean = unseen_rows(reader, tensors)
+        send_rows(client, bundle.signature, clean, ctx, "clean")
+        windows.close("clean", len(next(iter(clean.values()))))
         label, damaged = damage(bundle.signature, reader.manifest, tensors)
         send_rows(client, bundle.signature, damaged, ctx, label)
         windows.close(label, len(picked))
@@ -95,6 +101,14 @@ def probe(spec: Spec, ctx: Context) -> dict[str, Any]:
             ready_s=ready_s,
         )
     )
+
+
+def unseen_rows(reader: DatasetReader, test: Tensors) -> Tensors:
+    """Rows that are neither trained on nor in the reference; the test rows where there are too few."""
+    rows = min(reader.manifest.rows.get("validation", 0), MAX_ROWS)
+    if rows < MIN_CLEAN_ROWS:
+        return test
+    return {name: values[:rows] for name, values in reader.arrays("validation").items()}
 
 
 def chosen_variant(spec: Spec, ctx: Context, bundle: Bundle) -> str:
