@@ -77,10 +77,11 @@ def start(home: Path, program: str, name: str = "w") -> subprocess.Popen[str]:
 def killed_after(process: subprocess.Popen[str], lines: int) -> list[str]:
     """What a process acknowledged until it was killed, at least `lines`."""
     assert process.stdout is not None
-    seen = [process.stdout.readline().strip() for _ in range(lines)]
-    os.kill(process.pid, signal.SIGKILL)
-    rest = process.stdout.read()  # communicate() would lose what readline() has buffered
-    assert process.wait() == -signal.SIGKILL
+    with process:
+        seen = [process.stdout.readline().strip() for _ in range(lines)]
+        os.kill(process.pid, signal.SIGKILL)
+        rest = process.stdout.read()  # communicate() would lose what readline() has buffered
+    assert process.returncode == -signal.SIGKILL
     return [line for line in (*seen, *rest.splitlines()) if line]
 
 

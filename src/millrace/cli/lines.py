@@ -130,11 +130,15 @@ def step_line(name: str, facts: dict[str, Any], framework: str = "torch") -> str
     return ", ".join(f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int | float)) or "done"
 
 
-def variant_rows(facts: dict[str, Any]) -> list[list[str]]:
-    """The table of variants, header first."""
+def variant_rows(facts: dict[str, Any], evaluate: dict[str, Any] | None = None) -> list[list[str]]:
+    """The table of variants, header first; the base's score comes from `evaluate` when no variant was tested."""
     base = facts["variants"][0]
     batches = [latency["batch_size"] for latency in base["latency"]]
     known = next((variant["guarantee"] for variant in facts["variants"] if variant["guarantee"]), None) or {}
+    if not known and evaluate:
+        metric = evaluate["metrics"][0]
+        name = "accuracy" if evaluate["task"] == "classification" else metric["name"]
+        known = {"metric": name, "base_score": metric["value"]}
     error = known.get("metric", "accuracy") != "accuracy"
     drop_name = f"DROP({facts['confidence'] * 100:.0f}%)"
     rows = [["VARIANT", "ERR" if error else "ACC", drop_name, "CHANGED", "SIZE", *(f"b{batch}" for batch in batches)]]

@@ -118,7 +118,7 @@ def print_end(end: RunEvent, facts: dict[str, dict[str, Any]], spec_path: Path) 
     """The table of variants, what is served, where the report is, what to do next."""
     compress = facts.get("compress")
     if compress and compress.get("variants"):
-        rows = variant_rows(compress)
+        rows = variant_rows(compress, facts.get("evaluate"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             click.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -115,6 +115,8 @@ class Dispatcher:
         """Writes and denials are events; reads are not."""
         if not (operation.is_write and operation.is_audited) and outcome != "auth.denied":
             return
+        if outcome != "ok" and not self._services.is_used:
+            return  # a refusal does not make a home where there was none
         detail = {"outcome": outcome, "request": msgspec.to_builtins(request)}
         event = Event(
             at=self._services.clock.now(),

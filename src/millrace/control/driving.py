@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from millrace.control.pipeline import LEASE_TTL_S, Driver
@@ -47,23 +49,32 @@ class _Driving:
 
     def events(self) -> Iterator[RunEvent]:
         thread = threading.Thread(target=self._drive, name="driver", daemon=True)
-        thread.start()
-        while True:
-            try:
-                event = self._queue.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            except KeyboardInterrupt:
-                self._interrupts += 1
-                self._driver.cancel(now=self._interrupts > 1)
-                continue
-            if event is None:
-                break
-            yield event
-        thread.join()
+        with self._cancelling_on_signals():
+            thread.start()
+            while (event := self._queue.get()) is not None:
+                yield event
+            thread.join()
         if self._failure is not None:
             raise self._failure
         yield self._end()
+
+    @contextmanager
+    def _cancelling_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM cancel, wherever they find this process: also while an event is being printed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._interrupts += 1
+        # In a thread: what was interrupted here may hold a lock that cancelling needs.
+        threading.Thread(target=self._driver.cancel, kwargs={"now": self._interrupts > 1}, daemon=True).start()
 
     def _drive(self) -> None:
         try:
