@@ -271,7 +271,8 @@ def _report(
         rows.append(msgspec.structs.replace(entry, note=describe(entry, variant.recipe.acts == DYNAMIC)))
     chosen, why = choose(rows, job.options)
     if not variants and skipped:
-        why = "no variant was made: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped)
+        reasons = dict.fromkeys(entry["reason"] for entry in skipped)
+        why = f"no variant was made: {'; '.join(reasons)}"
     max_drop = DEFAULT_DROP[job.task] if job.options.max_drop is None else float(job.options.max_drop)
     return CompressFacts(
         variants=rows,
