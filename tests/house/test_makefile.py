@@ -17,8 +17,9 @@ CI = (ROOT / ".ci/run").read_text(encoding="utf-8")
 def dry_run(target: str, *arguments: str) -> list[str]:
     """The commands that a target would run."""
     done = subprocess.run(
-        ["make", "--dry-run", "--always-make", target, *arguments],
+        ["make", "--no-print-directory", "--dry-run", "--always-make", target, *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env={key: value for key, value in os.environ.items() if not key.startswith("MAKE")},  # also under make test
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
