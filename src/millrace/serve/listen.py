@@ -32,10 +32,11 @@ def check_loopback(host: str) -> str:
     if name == "localhost":
         return "127.0.0.1"
     try:
-        if ipaddress.ip_address(name).is_loopback:
-            return name
+        is_loopback = ipaddress.ip_address(name).is_loopback
     except ValueError:
-        pass  # a name: resolving it could give any address
+        is_loopback = False  # a name: resolving it could give any address
+    if is_loopback:
+        return name
     raise InputError(
         f"the server binds loopback addresses only, got host {host!r}",
         hint="authentication comes later; until then use 127.0.0.1 (ssh -L, or a proxy of yours, reaches it)",
