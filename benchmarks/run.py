@@ -26,7 +26,10 @@ SECTIONS = {
     "serving_digits": "Inference, the digits model",
     "drift": "Drift profile",
     "compress": "Compression",
+    "pages": "The web pages",
     "install_size": "Installation",
+    "server_start": "What a server costs to start",
+    "operations": "One operation, in process and over HTTP",
 }
 
 

@@ -7,9 +7,9 @@ from millrace.cli.session import Session
 from millrace.core import extras
 
 
-def open_transport(home: str | None) -> object:
+def open_transport(home: str | None, *, embedded: bool = False) -> object:
     """The transport, imported only when a command needs it."""
-    return extras.load("millrace.wiring:open_transport")(home)
+    return extras.load("millrace.wiring:open_transport")(home, embedded=embedded)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from millrace.compress import COMPRESS
 from millrace.control.dispatch import Dispatcher
 from millrace.control.services import Services
 from millrace.control.stages import REGISTER
-from millrace.core import extras
+from millrace.core import extras, server_file
 from millrace.core.clock import SystemClock
-from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor, Work
+from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor, Transport, Work
 from millrace.core.settings import find_home, resolve_settings
+from millrace.core.types import Lease
 from millrace.data import DATA
 from millrace.monitor import MONITOR
 from millrace.serve import SERVE
@@ -28,25 +29,33 @@ HANDLER_MODULES = (
     "millrace.control.models",
     "millrace.control.tracking",
     "millrace.control.endpoints",
+    "millrace.control.deployments",
     "millrace.control.system",
+    "millrace.control.migration",
+    "millrace.control.following",
+    "millrace.control.uploads",
+    "millrace.control.projects",
+    "millrace.control.recorded",
+    "millrace.control.registered",
 )
 
 
-def open_services(home: str | None = None) -> Services:
+def open_services(home: str | None = None, *, drives_apart: bool = False) -> Services:
     """A home with its implementations, each made on first use.
 
     Args:
         home: The folder, or None to find it from the working directory.
+        drives_apart: For a server: runs are driven by processes of their own.
     """
     flags = {"home": home} if home else {}
     folder = Path(home).absolute() if home else find_home(Path.cwd())
     settings = resolve_settings(flags, home=folder)
 
-    def open_records() -> Records:
-        return extras.load("millrace.store.records_sql:open_records")(folder / "records.db")
+    def open_records_at(url: str) -> Records:
+        return _open_records(folder, url)
 
-    def open_blobs() -> Blobs:
-        return _local_blobs(folder)
+    def open_blobs_at(url: str) -> Blobs:
+        return _open_blobs(folder, url)
 
     def open_compute(preload: Sequence[str]) -> Compute:
         compute_type = extras.load("millrace.compute.local:LocalCompute")
@@ -63,26 +72,77 @@ def open_services(home: str | None = None) -> Services:
         clock=SystemClock(),
         stages=STAGES,
         settings=settings,
-        open_records=open_records,
-        open_blobs=open_blobs,
+        open_records=lambda: open_records_at(settings["records_url"].value),
+        open_blobs=lambda: open_blobs_at(settings["blobs_url"].value),
         open_compute=open_compute,
         open_signer=open_signer,
+        open_records_at=open_records_at,
+        open_blobs_at=open_blobs_at,
+        drives_apart=drives_apart,
     )
 
 
-def _local_blobs(home: Path) -> Blobs:
+def _open_records(home: Path, url: str) -> Records:
+    if url:
+        extras.require([("psycopg", "postgres")], "keeping records on PostgreSQL")
+        return extras.load("millrace.store.postgres:open_records")(url)
+    return extras.load("millrace.store.records_sql:open_records")(home / "records.db")
+
+
+def _open_blobs(home: Path, url: str) -> Blobs:
+    if url:
+        extras.require([("obstore", "s3")], "keeping blobs in an object store")
+        return extras.load("millrace.store.blobs_remote:RemoteBlobs")(url, home / "cache" / "blobs")
     return extras.load("millrace.store.blobs_local:LocalBlobs")(home / "blobs")
 
 
-def open_transport(home: str | None = None) -> Dispatcher:
+def open_transport(home: str | None = None, *, embedded: bool = False) -> Transport:
+    """How to reach a home: through its running server when there is one, else in this process.
+
+    Args:
+        home: The folder, or None to find it from the working directory.
+        embedded: Open the home here, whoever else has it open.
+    """
+    if embedded:
+        return open_dispatcher(home)
+    folder = Path(home).absolute() if home else find_home(Path.cwd())
+    url = resolve_settings(home=folder)["url"].value
+    if url:
+        return extras.load("millrace.client.remote:RemoteTransport")(url)
+    url = _living_server(folder)
+    return extras.load("millrace.client.http:HttpTransport")(url) if url else open_dispatcher(home)
+
+
+def open_dispatcher(home: str | None = None, *, drives_apart: bool = False) -> Dispatcher:
     """The in-process transport over a home."""
     for module in HANDLER_MODULES:
         extras.load(f"{module}:__name__")
-    return Dispatcher(open_services(home))
+    return Dispatcher(open_services(home, drives_apart=drives_apart))
+
+
+def _living_server(home: Path) -> str | None:
+    """The URL of the server that `server.json` of the home names, if its process lives."""
+    server = server_file.read(home)
+    if server is None:
+        return None
+    lease = Lease(id="server", boot_id=server.boot_id, pid=server.pid, process_started=server.process_started)
+    return None if extras.load("millrace.store.leases:holder_is_dead")(lease) else server.url
+
+
+def run_server(home: str | None, on_ready: Callable[[str], None], **options: Any) -> int:
+    """Serve a home until told to stop; the exit code."""
+    extras.require([("uvicorn", "server"), ("starlette", "server")], "the server")
+    folder = Path(home).absolute() if home else find_home(Path.cwd())
+    # Read by prometheus-client when it is imported: metrics of all API processes are summed through files there.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "scratch" / f"metrics-{os.getpid()}")
+    supervisor_type = extras.load("millrace.api.supervisor:Supervisor")
+    config = extras.load("millrace.api.supervisor:UpConfig")(home=str(folder), **options)
+    return supervisor_type(config, lambda: open_dispatcher(str(folder), drives_apart=True)).run(on_ready)
 
 
 def execute(work: Work, link: Any) -> dict[str, Any]:
     """The entry of a worker: gives the step its context and runs it."""
     os.environ.setdefault("MILLRACE_HOME", work.home_dir)
     run_stage = extras.load("millrace.compute.worker:run_stage")
-    return run_stage(work, link, _local_blobs(Path(work.home_dir)))
+    home = Path(work.home_dir)
+    return run_stage(work, link, _open_blobs(home, resolve_settings(home=home)["blobs_url"].value))

@@ -17,14 +17,28 @@ from millrace.cli.main import EXIT_CODE_HELP, cli
 from millrace.cli.session import EXIT_CODES, Session
 from millrace.core.errors import MillraceError, all_errors
 
-VERBS = {"init", "demo", "run", "compress", "serve", "predict", "open", "status", "logs", "doctor", "config"}
+VERBS = {
+    "init",
+    "demo",
+    "run",
+    "compress",
+    "serve",
+    "predict",
+    "open",
+    "status",
+    "logs",
+    "doctor",
+    "config",
+    "up",
+    "deploy",
+}
 NOUNS = {
     "runs": {"list", "show", "diff", "cancel", "delete"},
     "datasets": {"list", "show", "diff"},
     "models": {"list", "show", "register", "promote", "rollback", "export"},
-    "endpoints": {"list", "show"},
+    "endpoints": {"list", "show", "delete"},
     "alerts": {"list", "show", "resolve"},
-    "system": {"gc", "du"},
+    "system": {"gc", "du", "migrate"},
 }
 
 

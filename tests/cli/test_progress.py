@@ -108,7 +108,9 @@ def test_the_demo_is_init_and_run_and_with_keep_serves(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     transport = Recorded()
-    done = CliRunner().invoke(cli, ["demo", *(["--keep"] if keep else [])], obj=Session(lambda home: transport))
+    done = CliRunner().invoke(
+        cli, ["demo", *(["--keep"] if keep else [])], obj=Session(lambda home, embedded: transport)
+    )
     assert done.exit_code == 0
     assert (tmp_path / "digits/millrace.yaml").is_file()
     assert transport.asked[0] == (
@@ -123,5 +125,7 @@ def test_the_demo_is_init_and_run_and_with_keep_serves(
 def test_overrides_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     transport = Recorded()
-    CliRunner().invoke(cli, ["run", "--set", "train.epochs=5", "--set", "a=b"], obj=Session(lambda home: transport))
+    CliRunner().invoke(
+        cli, ["run", "--set", "train.epochs=5", "--set", "a=b"], obj=Session(lambda home, embedded: transport)
+    )
     assert transport.asked[0][1]["overrides"] == ["train.epochs=5", "a=b"]

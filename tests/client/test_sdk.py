@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import webbrowser
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from sklearn.datasets import load_diabetes
 
 import millrace
 from millrace.core.errors import InputError, NotFoundError
+from millrace.testing.server import RunningServer
 
 SPEC = """project: sugar
 data: {source: sugar.csv, label: target}
@@ -20,8 +23,11 @@ compress: {batch_sizes: [1]}
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[millrace.Client, millrace.Run]:
+@pytest.fixture(scope="module", params=["embedded", "server", "far server"])
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[millrace.Client, millrace.Run]]:
+    """A run in this process's home, through the server of the home, through one that sees none of our files."""
     folder = tmp_path_factory.mktemp("sugar")
     table = load_diabetes()
     with (folder / "sugar.csv").open("w", newline="") as file:
@@ -29,8 +35,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[millrace.Client, mill
             [[*table.feature_names, "target"], *np.column_stack([table.data, table.target]).tolist()]
         )
     (folder / "millrace.yaml").write_text(SPEC)
-    client = millrace.connect(str(folder / ".millrace"))
-    return client, client.run(folder / "millrace.yaml").wait(timeout_s=120)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if request.param == "server":
+            stack.enter_context(RunningServer(folder / ".millrace"))
+        if request.param == "far server":
+            server = stack.enter_context(RunningServer(tmp_path_factory.mktemp("far") / "home"))
+            patch.setenv("MILLRACE_URL", server.url)
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        client = stack.enter_context(closing(millrace.connect(str(folder / ".millrace"))))
+        yield client, client.run(folder / "millrace.yaml").wait(timeout_s=120)
 
 
 def test_the_run_and_its_report(run: tuple[millrace.Client, millrace.Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,13 @@ def test_parameters_artifacts_and_the_end_are_kept(transport: Dispatcher, tmp_pa
     for name in ("weights.bin", "notes.txt"):
         (tmp_path / name).write_text(name)
         transport.call("run.artifact", {"run": run.id, "name": name, "path": str(tmp_path / name)})
-    ended = transport.call("run.end", {"run": run.id, "state": "succeeded"})
-    assert ended.facts["params"] == {"lr": 0.1, "depth": 3}
-    assert ended.tags["who"] == "me"
-    (step,) = transport.call("run.get", {"run": run.id}).steps
+    transport.call("run.log", {"run": run.id, "params": {"depth": 4}, "points": [[run.id, "loss", 1, 0.5, 2.0]]})
+    assert transport.call("run.end", {"run": run.id, "state": "succeeded"}).tags == {"source": "track"}
+    view = transport.call("run.get", {"run": run.id})
+    assert view.values.params == {"lr": "0.1", "depth": "4"}
+    assert view.values.tags == {"who": "me"}
+    assert view.values.metrics["loss"].value == 0.5
+    (step,) = view.steps
     assert set(step.outputs) == {"weights.bin", "notes.txt"}
 
 

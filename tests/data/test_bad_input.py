@@ -52,6 +52,85 @@ def test_bad_csv_is_refused_by_name(project, content, words):
     assert len(message) < 500
 
 
+@pytest.mark.parametrize("content", ["", "\n\n \n", "a,b,y\n", "a,b,y"])
+def test_a_file_without_rows_gets_its_own_hint(project, content):
+    project.write("t.csv", content)
+    assert "written to its end" in refusal(project).hint
+
+
+def test_a_long_name_does_not_make_a_long_message(project):
+    name = "x" * 1_000_000
+    project.write("t.csv", f"{name},{name},y\n1,2,3\n")
+    assert len(refusal(project).message) < 500
+    project.write("t.csv", f"{name},b,y\n" + ROWS)
+    error = refusal(project, label="z")
+    assert len(error.message) + len(error.hint) < 1000
+
+
+SAID = ('He said "ok', '"Well" she', '"all of it"', "none")
+PLAIN = "label\ttext\tn\n" + "".join(f"{'ham' if i % 3 else 'spam'}\t{SAID[i % 4]}\t{i % 7}\n" for i in range(60))
+
+
+def test_quotes_that_cannot_quote_belong_to_the_text(project):
+    project.write("t.tsv", PLAIN)
+    facts, reader = project.run(source="t.tsv", label="label", types={"text": "category"})
+    assert facts["rows_kept"] == 60
+    assert "t.tsv: 45 rows hold quotes that belong to the text: read without quoting" in facts["warnings"]
+    texts = {value for split in ("train", "test") for value in reader.table(split, ["text"]).column("text").to_pylist()}
+    assert texts == set(SAID)
+
+
+def test_quotes_that_quote_still_do(project):
+    lines = "".join(f'{"ham" if i % 3 else "spam"}\t"a ""b""\tc\nd"\t{i % 7}\n' for i in range(60))
+    project.write("t.tsv", "label\ttext\tn\n" + lines)
+    facts, reader = project.run(source="t.tsv", label="label", types={"text": "category"})
+    assert facts["rows_kept"] == 60
+    assert not any("quot" in warning for warning in facts["warnings"])
+    assert set(reader.table("test", ["text"]).column("text").to_pylist()) == {'a "b"\tc\nd'}
+
+
+def test_a_quote_among_ragged_lines_is_still_refused_by_row(project):
+    project.write("t.tsv", PLAIN + "ham\tx\n")
+    error = refusal(project, source="t.tsv", label="label")
+    assert "t.tsv row 2 opens a quote" in error.message
+    assert "quotes are text where every line has as many cells as the header" in error.hint
+
+
+def test_public_text_messages(project, test_data):
+    text = (test_data / "sms-spam" / "SMSSpamCollection.tsv").read_text(encoding="utf-8")
+    project.write("sms.tsv", "label\ttext\n" + text)
+    facts, _ = project.run(source="sms.tsv", label="label", types={"text": "category"})
+    assert facts["rows_in"] == 5574
+    assert "sms.tsv: 145 rows hold quotes that belong to the text: read without quoting" in facts["warnings"]
+
+
+INDEXED = ",a,b,y\n" + "".join(f"{i % 5},{i},{i % 7},{'ab'[i % 2]}\n" for i in range(40))
+
+
+def test_a_first_column_without_a_name_is_an_index(project):
+    project.write("t.csv", INDEXED)
+    facts, reader = project.run()
+    assert any(
+        warning.startswith("t.csv: the first column has no name: called 'index'") for warning in facts["warnings"]
+    )
+    assert {column.name: column.role for column in reader.manifest.columns}["index"] == "ignored"
+    assert "index" not in reader.signature_inputs()[0].columns
+    _, used = project.run(types={"index": "number"})
+    assert "index" in used.signature_inputs()[0].columns
+
+
+def test_the_index_of_many_files_and_a_name_that_is_taken(project):
+    for part in range(6):
+        project.write(f"p{part}.csv", INDEXED.replace("b,y", "Index,y"))
+    facts, reader = project.run(source="p*.csv")
+    assert reader.manifest.columns[0].name == "index_2"
+    notes = [warning for warning in facts["warnings"] if "no name" in warning or "more notes" in warning]
+    assert len(notes) == 5
+    assert notes[-1] == "2 more notes of this kind on other files"
+    project.write("t.csv", ",y\n1,2\n")
+    assert "no column is left" in refusal(project, source="p0.csv", ignore=["a", "Index"]).message
+
+
 def test_missing_file_is_named_with_what_is_there(project):
     project.write("other.csv", GOOD)
     error = refusal(project)
@@ -179,10 +258,11 @@ def test_million_character_cell(project):
         "t.csv", "a,c,y\n" + "".join(f"{i},{huge if i == 3 else 'uv'[i % 2]},{'ab'[i % 2]}\n" for i in range(40))
     )
     facts, _ = project.run()
-    assert facts["rejected_by_reason"] == {"category": 1}
-    assert len(facts["samples"][0]["value"]) == 200
+    assert facts["rejected_by_reason"] == {"too long": 1}
+    assert facts["samples"][0]["value"] == "x" * 170 + "… (1000000 characters)"
+    assert facts["samples"][0]["row"] == 4
     project.write("t.csv", "a,y\n" + "".join(f"{i},{huge if i == 3 else 'ab'[i % 2]}\n" for i in range(40)))
-    assert project.run()[0]["rejected_by_reason"] == {"category": 1}
+    assert project.run()[0]["rejected_by_reason"] == {"too long": 1}
 
 
 def test_files_of_one_source_must_agree(project):

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from millrace.core.errors import DataError
+from millrace.core.spec import Data
+from millrace.data.tables import read_csv
 
 _spec = importlib.util.spec_from_file_location("data_conftest", Path(__file__).with_name("conftest.py"))
 assert _spec is not None
@@ -167,3 +169,21 @@ def test_any_parquet_numbers(values, dtype, classes, clean):
 def test_any_type_override(values, kind):
     rows = [f'"{v.replace(chr(34), "")}",{i % 2},{i}' for i, v in enumerate(values)]
     check("t.csv", ("a,y,k\n" + "\n".join(rows)).encode(), types={"a": kind})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.sampled_from('ab" ,;|'), min_size=1, max_size=6).filter(str.strip)] * 2),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_quotes_in_lines_of_tabs_never_swallow_a_line(rows: list[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.tsv"
+        path.write_text("x\ty\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+        reading = read_csv(path, "t.tsv", Data(source="t.tsv", label="y"))
+        assert reading.frame.height == len(rows)
+        if reading.notes:  # without quoting, every character is kept
+            assert reading.frame.rows() == [tuple(cell.strip() for cell in row) for row in rows]

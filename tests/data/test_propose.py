@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.core.errors import InputError
+from millrace.core.spec import Evaluate, Monitor, Serve
 from millrace.core.spec_errors import parse_spec
 from millrace.core.spec_source import parse_yaml
 from millrace.data.propose import project_name, propose, quote
@@ -17,12 +18,14 @@ CHURN = "customer_id,age,plan,note,churned\n" + "".join(
     f"7590-{i:04d},{i % 50 + 18},{'abc'[i % 3]},café {i % 5},{'Yes' if i % 4 else 'No'}\n" for i in range(200)
 )
 
+OPTIONAL = ("encoding", "ignore", "types")
+DATA_KEYS = ("source", "label", "encoding", "task", "ignore", "types", "clean")
+
 
 def test_churn(project):
     file = project.write("My Churn.csv", CHURN)
     text = propose(file, "churned", project.folder)
     value = parse_yaml(text, "millrace.yaml").value
-    assert 11 <= len(text.splitlines()) <= 14
     assert value["project"] == "my-churn"
     assert value["data"]["source"] == "My Churn.csv"
     assert value["data"]["ignore"] == ["customer_id"]
@@ -44,6 +47,44 @@ def test_close_guesses_and_encodings_are_said(project):
     value = parse_yaml(propose(file, "churned", project.folder), "millrace.yaml").value
     assert value["data"]["encoding"] == "cp1252"
     assert value["data"]["types"] == {"age": "number"}
+
+
+PLAIN = "age,plan,churned\n" + "".join(f"{i % 50 + 18},{'abc'[i % 3]},{'Yes' if i % 4 else 'No'}\n" for i in range(200))
+MANY = "".join(f"id_{column}," for column in range(30))
+WIDE = f"{MANY}x,y\n" + "".join("".join(f"{i}-{c}," for c in range(30)) + f"{i % 7},{i * 0.5}\n" for i in range(100))
+
+
+@pytest.mark.parametrize(
+    ("content", "label", "keys", "defaults"),
+    [
+        (PLAIN.encode(), "churned", [], ["serve", "monitor", "evaluate"]),
+        (CHURN.encode(), "churned", ["ignore"], ["serve", "monitor"]),
+        (CHURN.encode("cp1252"), "churned", ["encoding", "ignore"], ["serve"]),
+        (CHURN.replace(",30,", ",thirty,", 1).encode("cp1252"), "churned", ["encoding", "ignore", "types"], []),
+        (WIDE.encode(), "y", ["ignore"], ["serve", "monitor"]),
+    ],
+    ids=["plain", "ids", "encoding", "types", "wide"],
+)
+def test_twelve_lines_for_every_table(project, content, label, keys, defaults):
+    text = propose(project.write("2024.csv", content), label, project.folder)
+    assert len(text.splitlines()) == 12
+    value = parse_yaml(text, "millrace.yaml").value
+    assert list(value["data"]) == [key for key in DATA_KEYS if key in keys or key not in OPTIONAL]
+    assert list(value)[2:] == ["train", "compress", "register", *defaults]
+    spec = parse_spec(text)
+    assert spec.project == "2024"
+    # What was left out is the default: the spec means the same as if it were there.
+    assert (spec.serve, spec.monitor, spec.evaluate) == (Serve(), Monitor(), Evaluate())
+
+
+def test_twelve_lines_for_real_tables(test_data):
+    for path, label in (
+        ("housing-california/housing.csv", "median_house_value"),
+        ("ai4i-2020/ai4i2020.csv", "Machine failure"),
+    ):
+        text = propose(test_data / path, label, test_data)
+        assert len(text.splitlines()) == 12
+        assert parse_spec(text).data.label == label
 
 
 def test_wrong_label_and_wrong_file(project):

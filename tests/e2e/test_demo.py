@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from typing_by_hand import command, environment, facts_of, run_millrace
 
@@ -62,6 +66,121 @@ def test_the_models_quality_and_guarantee(demo: tuple[Path, str]) -> None:
     if chosen["guarantee"] is not None and compress["chosen"] != compress["variants"][0]["name"]:
         assert chosen["guarantee"]["status"] == "certified"
         assert chosen["guarantee"]["bound"] <= chosen["guarantee"]["limit"]
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether a printed number is `value` to the places that are printed: `.02`, `2e-06`, `99.3`, `592KB`, `86us`."""
+    number, unit = re.fullmatch(r"([-+]?[\d.]+(?:e[-+]?\d+)?) ?([a-zA-Z]*)", text).groups()  # type: ignore[union-attr]
+    scale = {"": 1, "x": 1, "pp": 1e-2, "KB": 1e3, "MB": 1e6, "us": 1e-6, "ms": 1e-3, "s": 1}[unit]
+    digits, _, exponent = number.partition("e")
+    place = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2])) * scale
+    return abs(float(number) * scale - value) <= 0.5001 * place
+
+
+def test_what_is_printed_was_measured(demo: tuple[Path, str], tmp_path: Path) -> None:
+    """Read as a person reads it, against the facts recorded, and those against the files themselves."""
+    folder, printed = demo
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    facts = facts_of(folder)
+    data = facts["data"]
+    counts = [int(number) for number in re.findall(r"\d+", re.sub(r" {3}\S+ ?m?s$", "", lines["data"]))]
+    assert counts == [data["rows_in"], data["rejected"], *data["rejected_by_reason"].values(), *data["split"].values()]
+    assert data["rows_in"] == len((folder / "digits.csv").read_text().splitlines()) - 1
+    assert sum(data["split"].values()) == data["rows_kept"]
+
+    epoch = re.search(r"epoch (\d+)/\d+ #+ loss (\S+) val (\S+) %", lines["train"])
+    assert epoch
+    assert int(epoch[1]) == len(facts["train"]["epochs"])
+    assert is_rounded(epoch[2], facts["train"]["epochs"][-1]["loss"])
+    assert is_rounded(epoch[3], 100 * facts["train"]["best_score"])
+    export = re.search(r"on (\d+) rows \(max diff (\S+)\)", lines["export"])
+    assert export
+    assert int(export[1]) == facts["export"]["rows"] == data["split"]["test"]
+    assert is_rounded(export[2], facts["export"]["max_difference"])
+    scores = re.findall(r"(\w+) (\S+) % \((\S+) % to (\S+) %\)", lines["evaluate"])
+    metrics = facts["evaluate"]["metrics"]
+    assert [name for name, *_ in scores] == [metric["name"] for metric in metrics]
+    for (_, *texts), metric in zip(scores, metrics, strict=True):
+        assert all(
+            is_rounded(text, 100 * metric[key]) for text, key in zip(texts, ("value", "low", "high"), strict=True)
+        )
+    confusion = facts["evaluate"]["confusion"]
+    assert metrics[0]["value"] == sum(confusion[i][i] for i in range(10)) / data["split"]["test"]
+    serve = re.search(r"(\d+)/(\d+) requests answered, p50 (\S+ ms)", lines["serve"])
+    assert serve
+    assert (int(serve[1]), int(serve[2])) == (facts["serve"]["answered"], facts["serve"]["requests"])
+    assert is_rounded(serve[3], facts["serve"]["p50_s"])
+    alert = re.search(r"inverted: ALERT (\S+) > (\S+), (pixel \d+)", lines["monitor"])
+    window = next(one for one in facts["monitor"]["windows"] if one["label"] == "inverted")
+    assert alert
+    assert is_rounded(alert[1], window["score"])
+    assert is_rounded(alert[2], window["threshold"])
+    assert alert[3] == window["top"][0]["name"]
+
+
+def test_the_table_of_variants_was_measured(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, printed = demo
+    compress = facts_of(folder)["compress"]
+    lines = printed.splitlines()
+    head = next(index for index, line in enumerate(lines) if line.split()[0] == "VARIANT")
+    table = [re.split(r" {2,}", line.strip()) for line in lines[head + 1 : head + 1 + len(compress["variants"])]]
+    assert [row[0].lstrip("*") for row in table] == [variant["name"] for variant in compress["variants"]]
+    assert [row[0][1:] for row in table if row[0].startswith("*")] == [compress["chosen"]]
+    run_millrace(folder, "models", "export", "digits@champion", "--to", str(tmp_path / "out"))
+    for row, variant in zip(table, compress["variants"], strict=True):
+        _, score, drop, changed, size, *speeds = row
+        guarantee, latency = variant["guarantee"], variant["latency"]
+        if guarantee is None:
+            assert (drop, changed) == ("-", "-")
+            assert is_rounded(score, 100 * compress["variants"][1]["guarantee"]["base_score"])
+            assert all(is_rounded(text, one["p50_s"]) for text, one in zip(speeds, latency, strict=True))
+        else:
+            assert is_rounded(score, 100 * guarantee["score"])
+            assert drop.startswith(f"<={100 * guarantee['bound']:.2f}pp")
+            assert changed == f"{guarantee['changed']}/{guarantee['rows']}"
+            assert all(is_rounded(text, one["speedup"]) for text, one in zip(speeds, latency, strict=True))
+        file = tmp_path / "out" / ("model.onnx" if variant["name"] == "fp32" else f"variants/{variant['name']}.onnx")
+        if file.exists():  # certified variants are in the bundle
+            assert is_rounded(size, file.stat().st_size)
+        assert is_rounded(size, variant["size_bytes"])
+    assert (tmp_path / "out" / "model.onnx").exists()
+    chosen = next(one for one in compress["variants"] if one["name"] == compress["chosen"])
+    said = next(line for line in lines if line.startswith("Serving "))
+    if chosen["guarantee"] is not None:
+        ratio, loss = re.search(r"(\S+x) smaller, loses at most (\S+) points", said).groups()  # type: ignore[union-attr]
+        assert is_rounded(ratio, chosen["size_ratio"])
+        assert is_rounded(loss, 100 * chosen["guarantee"]["bound"])
+
+
+def test_keep_serves_until_ctrl_c(demo: tuple[Path, str], tmp_path: Path) -> None:
+    """In a copy of the finished demo, so that what it serves is there already."""
+    shutil.copytree(demo[0], tmp_path / "digits")
+    spec = tmp_path / "digits" / "millrace.yaml"
+    text = spec.read_text()
+    assert "port: 8080" in text
+    spec.write_text(text.replace("port: 8080", "port: 0"))
+    process = subprocess.Popen(
+        command("demo", "--keep"), cwd=tmp_path, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    ready = next(line for line in process.stdout if line.startswith(" ready "))
+    url = re.search(r"http://127\.0\.0\.1:\d+$", ready.rstrip())
+    assert url
+    answer = post(f"{url[0]}/v1/models/digits:predict", {"instances": images(demo[0])[:2]})
+    assert len(answer["predictions"]) == 2  # type: ignore[arg-type]
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children, "the data plane is a process of its own"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C: to every process of the foreground
+    printed, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert [line.split()[0] for line in printed.splitlines()] == ["stopping", "stopped"]
+    assert said == ""
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    with pytest.raises(urllib.error.URLError):
+        post(f"{url[0]}/v1/models/digits:predict", {"instances": []})
+    states = json.loads(run_millrace(tmp_path / "digits", "endpoints", "--json").stdout)
+    assert [state["state"] for state in states] == ["stopped"]
 
 
 @pytest.fixture(scope="module")

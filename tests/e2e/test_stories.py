@@ -59,7 +59,49 @@ def test_again_is_cached_and_a_change_says_why(small: Path) -> None:
     steps = {step["name"]: step for step in plan["steps"]}
     assert steps["data"]["action"] == "cached"
     assert "seed 0 → 1" in steps["train"]["reason"]
-    assert steps["export"]["action"] == "run"
+    assert (steps["export"]["action"], steps["export"]["reason"]) == (
+        "may run",
+        "after train (kept if train's outputs are equal)",
+    )
+
+
+def test_a_plan_before_the_first_run_promises_nothing_kept(small: Path) -> None:
+    plan = json.loads(run_millrace(small, "run", "--dry-run", "--json").stdout)
+    assert {step["action"] for step in plan["steps"]} == {"run"}
+    assert [step["reason"] for step in plan["steps"]][:2] == ["first time", "first time, after data"]
+    assert not (small / ".millrace").exists(), "a plan writes nothing"
+
+
+def test_other_slices_and_another_confidence_do_not_train_again(small: Path) -> None:
+    run_millrace(small, "run")
+    change = ("--set", "evaluate.slices=[mean_radius]", "--set", "evaluate.confidence=0.9")
+    planned = run_millrace(small, "run", "--dry-run", *change).stdout
+    why = {line.split()[0]: line for line in planned.splitlines()}
+    assert "evaluate.confidence 0.95 → 0.9, evaluate.slices [] → [" in why["evaluate"]
+    assert "may run" in why["register"]
+    assert all("cached" in why[step] for step in ("data", "train", "export"))
+    run_millrace(small, "run", *change)
+    states = states_of(small)
+    assert [states[step] for step in ("data", "train", "export", "evaluate")] == ["cached"] * 3 + ["succeeded"]
+    assert facts_of(small)["evaluate"]["slices"]
+    # The deciding metric is another matter: it picks the candidate.
+    metric = json.loads(
+        run_millrace(small, "run", "--dry-run", "--json", "--set", "evaluate.metrics=[log_loss]").stdout
+    )
+    reasons = {step["name"]: (step["action"], step["reason"]) for step in metric["steps"]}
+    assert reasons["train"] == ("run", 'evaluate.metrics [] → ["log_loss"]')
+
+
+def test_what_may_run_is_kept_where_its_inputs_come_out_equal(small: Path) -> None:
+    """The same rows in a file with other line ends: the dataset is the same, and so is all that follows."""
+    run_millrace(small, "run")
+    content = (small / "cancer.csv").read_bytes()
+    (small / "cancer.csv").write_bytes(content.replace(b"\r\n", b"\n"))
+    assert content != (small / "cancer.csv").read_bytes()
+    plan = json.loads(run_millrace(small, "run", "--dry-run", "--json").stdout)
+    assert [step["action"] for step in plan["steps"]] == ["run"] + ["may run"] * 7
+    run_millrace(small, "run")
+    assert list(states_of(small).values()) == ["succeeded"] + ["cached"] * 7
 
 
 def test_a_second_run_joins_the_first(small: Path) -> None:

@@ -22,11 +22,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from millrace.core.addresses import loopback_address
 from millrace.core.errors import CorruptError, InputError, MillraceError, NotFoundError, StageError, UnavailableError
 from millrace.core.errors import from_dict as error_from
 from millrace.formats.session import open_session
 from millrace.serve.child import ChildConfig
-from millrace.serve.listen import bind, check_loopback, holder_of
+from millrace.serve.listen import bind, holder_of
 from millrace.serve.process import ServerProcess
 from millrace.serve.server import ServerConfig
 
@@ -267,12 +268,12 @@ def is_running(pid: int) -> bool:
 def test_a_non_loopback_bind_is_refused(host: str) -> None:
     with pytest.raises(InputError, match="loopback") as refused:
         bind(host, 0)
-    assert "authentication comes later" in refused.value.hint
+    assert "no authentication" in refused.value.hint
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "localhost", "::1", "[::1]"])
 def test_loopback_is_bound(host: str) -> None:
-    assert check_loopback(host)
+    assert loopback_address(host)
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
@@ -307,9 +308,14 @@ def test_what_the_child_reports_is_raised_here(tmp_path: Path, digits_bundle: Pa
 
 def test_a_child_that_says_nothing(digits_bundle: Path) -> None:
     config = ChildConfig(bundle_dir=str(digits_bundle), server=ServerConfig(name="d", version="1", port=0))
+    hosts = [f"host-{number}.example" for number in range(20_000)]  # more than a pipe holds
+    large = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, allowed_hosts=hosts))
     dead = ServerProcess(config, command=[sys.executable, "-c", "import sys; sys.exit(3)"])
     with pytest.raises(StageError, match="ended with code 3"):
         dead.wait_ready()
+    deaf = ServerProcess(large, command=[sys.executable, "-c", "import sys; sys.exit(4)"])
+    with pytest.raises(StageError, match="code 4 before it had read its configuration"):
+        deaf.wait_ready()
     mute = ServerProcess(config, command=[sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(UnavailableError, match="not ready within"):
         mute.wait_ready(timeout_s=0.3)

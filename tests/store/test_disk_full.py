@@ -108,7 +108,7 @@ def test_a_journal_commit(disk: Path) -> None:
     records.close()
     again = open_records(disk / "records.db")
     assert (len(again.find(Run)), len(again.find(Step))) == (written + 1, 3)
-    assert again._reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert again.read(lambda db: db.execute("PRAGMA integrity_check").fetchone()) == ("ok",)
     again.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from millrace.core.clock import FakeClock, SystemClock
@@ -19,23 +20,28 @@ from millrace.core.errors import ConflictError, DiskFullError
 from millrace.core.types import Lease
 from millrace.store import leases
 from millrace.store.leases import LeaseKeeper, acquire, check_fence, holder_is_dead, process_start, release, renew
-from millrace.store.records_sql import SqlRecords, open_records
+from millrace.store.records_sql import SqlRecords
+from millrace.testing.postgres import STORES, open_place
 
 HOLDER = """
 import sys, time
-from pathlib import Path
 from millrace.core.clock import SystemClock
 from millrace.store.leases import acquire
-from millrace.store.records_sql import open_records
-lease = acquire(open_records(Path(sys.argv[1]) / "records.db"), "run/1", SystemClock(), 0.001)
+from millrace.testing.postgres import open_place
+lease = acquire(open_place(sys.argv[1]), "run/1", SystemClock(), 0.001)
 print(lease is not None, flush=True)
 time.sleep(600)
 """
 
 
+@pytest.fixture(params=STORES)
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    return STORES[request.param](tmp_path)
+
+
 @pytest.fixture
-def records(tmp_path: Path):
-    opened = open_records(tmp_path / "records.db")
+def records(place: str):
+    opened = open_place(place)
     yield opened
     opened.close()
 
@@ -58,8 +64,8 @@ def test_a_live_holder_is_not_replaced_even_after_its_time(records: SqlRecords) 
     assert acquire(records, "run/2", clock, 10.0) is not None
 
 
-def test_a_killed_holder_is_replaced_at_once_and_a_stopped_one_is_not(records: SqlRecords, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+def test_a_killed_holder_is_replaced_at_once_and_a_stopped_one_is_not(records: SqlRecords, place: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, place], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "True"
     os.kill(process.pid, signal.SIGSTOP)
@@ -130,17 +136,20 @@ class Model:
         return not self.held or (self.dead and not self.elsewhere) or (self.elsewhere and self.expires_at <= now_s)
 
 
-@settings(max_examples=30, deadline=None)
+NAMES = itertools.count()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ACTIONS, max_size=12))
-def test_tokens_only_grow_and_two_never_hold(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
-    records, clock, model = open_records(tmp_path_factory.mktemp("home") / "records.db"), FakeClock(), Model()
+def test_tokens_only_grow_and_two_never_hold(records: SqlRecords, actions: list[str]) -> None:
+    clock, model, name = FakeClock(), Model(), f"x{next(NAMES)}"
     current: Lease | None = None
     for action in actions:
-        stored = records.get(Lease, "x")
+        stored = records.get(Lease, name)
         if action == "wait":
             clock.sleep(6.0)
         elif action == "acquire":
-            got = acquire(records, "x", clock, 10.0)
+            got = acquire(records, name, clock, 10.0)
             assert (got is not None) == model.is_free(clock.now())
             if got is not None:
                 model.token, model.expires_at = model.token + 1, clock.now() + 10.0
@@ -161,7 +170,6 @@ def test_tokens_only_grow_and_two_never_hold(tmp_path_factory: pytest.TempPathFa
         elif action == "move":
             records.put(msgspec.structs.replace(stored, boot_id="elsewhere"))
             model.elsewhere = True
-    records.close()
 
 
 def test_of_many_threads_one_gets_it(records: SqlRecords) -> None:

@@ -1,4 +1,4 @@
-"""SqlRecords: the conformance suite, a dict as model, and what is SQLite's own."""
+"""SqlRecords on both databases: the conformance suite, a dict as model; and what is SQLite's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from millrace.core.clock import FakeClock
 from millrace.core.errors import ConflictError, CorruptError, InputError, UnavailableError
 from millrace.core.types import MetricPoint, Run, Step
 from millrace.store import sqlite
+from millrace.store.database import Connection
 from millrace.store.records_sql import SqlRecords, open_records
+from millrace.testing.postgres import STORES, open_place
 from millrace.testing.records import RecordsConformance
 
 
@@ -29,7 +31,28 @@ class TestSqlRecords(RecordsConformance):
         return open_records(place / "records.db", FakeClock())
 
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=4)
+class TestPostgresRecords(RecordsConformance):
+    """The same on Postgres."""
+
+    @pytest.fixture(autouse=True)
+    def places(self) -> None:
+        """A database for each folder that the suite opens."""
+        self.urls: dict[Path, str] = {}
+
+    def open(self, place: Path) -> SqlRecords:
+        if place not in self.urls:
+            self.urls[place] = STORES["postgres"](place)
+        return open_place(self.urls[place], FakeClock())
+
+
+@pytest.fixture(params=STORES)
+def records(tmp_path: Path, request: pytest.FixtureRequest):
+    opened = open_place(STORES[request.param](tmp_path), FakeClock(50.0))
+    yield opened
+    opened.close()
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=4)
 NAMES = st.sampled_from(["a", "b", "", "é", "5"])
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "name": NAMES,
@@ -81,8 +104,10 @@ def model_find(model: dict[str, Run], where: dict[str, Any], order: str, limit: 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(PUT | PUT | DELETE | FIND, max_size=15))
-def test_records_behave_like_a_dict(tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[Any, ...]]) -> None:
-    records = open_records(tmp_path_factory.mktemp("home") / "records.db")
+def test_records_behave_like_a_dict(records: SqlRecords, actions: list[tuple[Any, ...]]) -> None:
+    with records.transaction() as transaction:
+        for id in "xyz":
+            transaction.delete(Run, id)
     model: dict[str, Run] = {}
     for action in actions:
         if action[0] == "put":
@@ -101,20 +126,15 @@ def test_records_behave_like_a_dict(tmp_path_factory: pytest.TempPathFactory, ac
             assert records.find(Run, where, order, limit, offset) == model_find(model, where, order, limit, offset)
     for id in "xyz":
         assert records.get(Run, id) == model.get(id)
-    records.close()
 
 
-@pytest.fixture
-def records(tmp_path: Path):
-    opened = open_records(tmp_path / "records.db", FakeClock(50.0))
-    yield opened
-    opened.close()
-
-
-def test_the_file_is_wal_and_fully_synchronous(records: SqlRecords) -> None:
-    for connection in (records._writer, records._reader):
+def test_the_file_is_wal_and_fully_synchronous(tmp_path: Path) -> None:
+    open_records(tmp_path / "records.db").close()
+    database = sqlite.SqliteDatabase(tmp_path / "records.db")
+    for connection in (database._writer, database._reader):
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    database.close()
 
 
 def test_created_at_is_filled_on_insertion(records: SqlRecords) -> None:
@@ -123,8 +143,11 @@ def test_created_at_is_filled_on_insertion(records: SqlRecords) -> None:
 
 
 def test_find_uses_the_index(records: SqlRecords) -> None:
-    plan = records._reader.execute("EXPLAIN QUERY PLAN SELECT body FROM steps WHERE cache_key = 'x'").fetchall()
-    assert "ix_steps_cache_key" in str(plan)
+    def plan(connection: Connection) -> str:
+        explain = "EXPLAIN QUERY PLAN" if connection.dialect == "sqlite" else "EXPLAIN"
+        return str(connection.execute(f"{explain} SELECT body FROM steps WHERE cache_key = 'x'").fetchall())
+
+    assert "ix_steps_cache_key" in records.read(plan)
 
 
 def test_a_transaction_inside_a_transaction_says_so(records: SqlRecords) -> None:
@@ -151,14 +174,16 @@ def test_after_close_calls_say_so(records: SqlRecords) -> None:
 
 def test_a_damaged_body_names_the_record(records: SqlRecords) -> None:
     records.put(Step(id="s1", run_id="r", name="n", stage="n"))
-    records._writer.execute("UPDATE steps SET body = '{\"id\": 5}'")
+    with records.writing() as connection:
+        connection.execute("UPDATE steps SET body = '{\"id\": 5}'")
     with pytest.raises(CorruptError, match="'s1' in table steps"):
         records.get(Step, "s1")
 
 
 def test_unknown_fields_of_stored_records_are_ignored(records: SqlRecords) -> None:
     run = records.put(Run(id="r"))
-    records._writer.execute("UPDATE runs SET body = json_set(body, '$.later', 1)")
+    with records.writing() as connection:
+        connection.execute("UPDATE runs SET body = ?", ['{"id":"r","created_at":50.0,"version":1,"later":1}'])
     assert records.get(Run, "r") == run
 
 

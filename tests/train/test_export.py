@@ -106,6 +106,43 @@ def test_a_graph_that_answers_differently_is_refused(digits: Any) -> None:
     assert not digits.context("x").has_input("export.onnx")
 
 
+NEWER = HEAD + (
+    "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    "        self.seen = nn.Linear(64, 16)\n        self.layer = nn.Linear(16, 10)\n"
+    "    def forward(self, x):\n        return self.layer(OPERATION(self.seen(x.flatten(1))))\n"
+    "def build(ctx):\n    return Net()\n"
+)
+
+
+@pytest.mark.parametrize("operation", ["torch.sinc", "(lambda x: torch.fft.fft(x).abs())"])
+def test_what_the_classic_exporter_lacks_goes_through_the_newer_one(
+    operation: str, digits: Any, tmp_path: Path
+) -> None:
+    spec = trained(digits, NEWER.replace("OPERATION", operation))
+    facts = export(spec, digits.context("export"))
+    assert (facts["exporter"], facts["opset"]) == ("dynamo", 18)
+    assert facts["rows"] == facts["answers_equal"] == 600
+    assert facts["max_difference"] < 1e-5
+    there = tmp_path / "quite" / "another place"
+    shutil.copytree(digits.folder, there)
+    shutil.rmtree(there / "work" / "scratch")
+    other = type(digits.context("x"))(there / "work", there, "export")
+    export(spec, other)
+    folder = digits.context("x").input("export.onnx")
+    data = (folder / "model.onnx").read_bytes()
+    assert data == (other.input("export.onnx") / "model.onnx").read_bytes()
+    assert str(digits.folder).encode() not in data
+    assert b".py" not in data
+    assert b"site-packages" not in data
+    model = onnx.load_from_string(data)
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert not model.functions
+    pixels = open_dataset(digits.context("x").input("data.dataset")).arrays("test")["pixels"]
+    session = open_session(folder / "model.onnx")
+    for rows in (1, 2, 5, 600):
+        assert session.run({"pixels": pixels[:rows]})["probabilities"].shape == (rows, 10)
+
+
 UNKNOWN = HEAD + (
     "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(64, 10)\n"
     "    def forward(self, x):\n        x = self.layer(x.flatten(1))\n"

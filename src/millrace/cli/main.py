@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import millrace
-from millrace.cli import nouns, verbs
+from millrace.cli import nouns, server_verbs, verbs
 from millrace.cli.session import Session
 from millrace.core.errors import MillraceError, UnavailableError
 
@@ -57,10 +57,11 @@ class Cli(click.Group):
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--home", metavar="FOLDER", help="The home; default: the nearest .millrace or millrace.yaml upwards.")
+@click.option("--embedded", is_flag=True, hidden=True, help="Open the home here, even if a server has it open.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more to stderr.")
 @click.version_option(millrace.__version__, prog_name="millrace")
 @click.pass_obj
-def cli(session: Session, home: str | None, verbose: bool) -> None:
+def cli(session: Session, home: str | None, embedded: bool, verbose: bool) -> None:
     """Millrace: data → train → compress → register → serve → monitor, from one spec.
 
     \b
@@ -69,12 +70,13 @@ def cli(session: Session, home: str | None, verbose: bool) -> None:
       millrace init --data churn.csv --label churned  write a spec for your own table
       millrace run                                    run the spec of this folder
       millrace serve digits                           serve the champion, watch it for drift
+      millrace up                                     a server for a team: runs, models, endpoints, pages
     """
-    session.home = home
+    session.home, session.embedded = home, embedded
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
     # A supervisor stops us with SIGTERM: the same graceful end as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-for command in (*verbs.COMMANDS, *nouns.groups()):
+for command in (*verbs.COMMANDS, *server_verbs.COMMANDS, *nouns.groups()):
     cli.add_command(command)

@@ -14,7 +14,7 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "run": ("list", "get", "diff", "cancel", "delete"),
     "dataset": ("list", "get", "diff"),
     "model": ("list", "get", "register", "promote", "rollback", "export"),
-    "endpoint": ("list", "get"),
+    "endpoint": ("list", "get", "delete"),
     "alert": ("list", "get", "resolve"),
 }
 _SUMMARIES = {
@@ -65,4 +65,5 @@ def _system() -> click.Group:
     group = click.Group("system", help="The home: disk, garbage.\n\n\b\nExample:\n  millrace system du")
     group.add_command(derive_command(OPERATIONS["system.gc"], "gc", "render_gc"))
     group.add_command(derive_command(OPERATIONS["system.du"], "du", "render_du"))
+    group.add_command(derive_command(OPERATIONS["system.migrate"], "migrate"))
     return group

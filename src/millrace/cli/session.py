@@ -17,6 +17,7 @@ EXIT_CODES: dict[str, int] = {
     "internal": 1,
     "spec.invalid": 2,
     "input.invalid": 2,
+    "input.too_large": 2,
     "data.invalid": 2,
     "ref.not_found": 3,
     "record.conflict": 4,
@@ -44,17 +45,18 @@ def plain(value: Any) -> Any:
 class Session:
     """Shared by the commands of one invocation."""
 
-    def __init__(self, open_transport: Callable[[str | None], Any]) -> None:
+    def __init__(self, open_transport: Callable[..., Any]) -> None:
         self._open_transport = open_transport
         self._transport: Any = None
         self.home: str | None = None
+        self.embedded = False
         self.as_json = False
 
     @property
     def transport(self) -> Any:
         """The transport."""
         if self._transport is None:
-            self._transport = self._open_transport(self.home)
+            self._transport = self._open_transport(self.home, embedded=self.embedded)
         return self._transport
 
     def call(self, operation: str, **body: Any) -> Any:

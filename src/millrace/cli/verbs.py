@@ -78,7 +78,7 @@ def init_template(name: str, folder: Path, *, force: bool = False) -> list[Path]
 def init_data(data: Path, label: str, folder: Path, *, force: bool = False) -> list[Path]:
     """Read a table and write the spec that fits it."""
     extras.require([("polars", "data")], "reading a table")
-    if not data.exists() and not any(character in str(data) for character in "*?["):
+    if not data.exists() and not str(data).startswith("builtin:") and not any(one in str(data) for one in "*?["):
         raise NotFoundError(f"there is no file {data}", hint="check the path")
     refuse_overwrite(folder / SPEC_NAME, force=force)
     text = extras.load("millrace.data.propose:propose")(data, label)
@@ -94,7 +94,7 @@ def refuse_overwrite(path: Path, *, force: bool) -> None:
 
 
 @click.command()
-@click.option("--keep", is_flag=True, help="Then stay as `millrace serve` until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Then stay as `millrace serve` until Ctrl-C (exit code 0).")
 @click.option("--folder", default="digits", show_default=True, help="Where to write it.")
 @json_option
 @pass_session
@@ -228,7 +228,9 @@ def compress(session: Session, path: str, as_json: bool, **options: Any) -> None
 @json_option
 @pass_session
 def serve(session: Session, model: str, as_json: bool, **options: Any) -> None:
-    """Serve a model in the foreground: Open Inference Protocol, rows, metrics, drift alerts. Ctrl-C drains and stops.
+    """Serve a model in the foreground: Open Inference Protocol, rows, metrics, drift alerts.
+
+    Ctrl-C (or SIGTERM) answers what is in flight and stops: exit code 0.
 
     \b
     Examples:

@@ -236,5 +236,9 @@ class Client:
         """Any streaming operation by name."""
         return self._transport.stream(operation, body)
 
+    def close(self) -> None:
+        """Let go of the home, or of the connections."""
+        self._transport.close()
+
     def __repr__(self) -> str:
         return f"Client({self._transport.call('system.status', {}).home!r})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from millrace.core.spec_errors import decode_hook
 from millrace.core.types import Event
 
 Handler = Callable[[Services, Any], Any]
+T = TypeVar("T")
 _HANDLERS: dict[str, Handler] = {}
 
 
@@ -57,20 +58,22 @@ class Dispatcher:
         self._services = services
         self._principal = principal or local_principal()
 
-    def call(self, operation: str, body: Mapping[str, Any]) -> Any:
-        """Run one operation.
+    def call(self, operation: str, body: Mapping[str, Any], *, strict: bool = True) -> Any:
+        """Run one operation. Without `strict`, numbers and booleans may be texts, as in a URL's query.
 
         Raises:
             InputError: The request does not have the operation's shape.
             MillraceError: Whatever the handler raises.
         """
-        chosen, request = self._admit(operation, body)
+        chosen, request = self._admit(operation, body, strict)
         return self._run(chosen, request)
 
-    def stream(self, operation: str, body: Mapping[str, Any]) -> Iterator[Any]:
-        """Run one streaming operation; its answers as they come."""
-        chosen, request = self._admit(operation, body)
-        answers: Iterable[Any] = self._run(chosen, request)
+    def stream(self, operation: str, body: Mapping[str, Any], *, strict: bool = True) -> Iterator[Any]:
+        """Run one streaming operation; its answers as they come. What is wrong with the request raises at once."""
+        chosen, request = self._admit(operation, body, strict)
+        return self._answers(chosen, self._run(chosen, request))
+
+    def _answers(self, chosen: Operation, answers: Iterable[Any]) -> Iterator[Any]:
         try:
             yield from answers
         except MillraceError:
@@ -78,16 +81,48 @@ class Dispatcher:
         except Exception as error:
             raise self._internal(chosen, error) from error
 
+    def perform(self, operation: str, subject: str, work: Callable[[Services], T], detail: Any = None) -> T:
+        """Let a foreign protocol (MLflow, pages) do `work` as the operation it amounts to.
+
+        The same admission, audit and handling of errors as `call`; only the shapes are the protocol's own.
+
+        Args:
+            operation: A name of the operation table, for example `run.log`.
+            subject: What is acted on, for example `run:4f…`.
+            work: Called with the services.
+            detail: Kept with the audit event of a write.
+
+        Raises:
+            MillraceError: Whatever the work raises.
+        """
+        chosen = OPERATIONS.get(operation)
+        if chosen is None:
+            raise NotFoundError(f"there is no operation {operation!r}")
+        try:
+            answer = work(self._services)
+        except MillraceError as error:
+            self._record(chosen, subject, detail, error.code)
+            raise
+        except Exception as error:
+            raise self._internal(chosen, error) from error
+        self._record(chosen, subject, detail, "ok")
+        return answer
+
+    @property
+    def services(self) -> Services:
+        """The home that operations work on."""
+        return self._services
+
     def close(self) -> None:
         """Seal what was appended and let go of the home."""
         self._services.close()
 
-    def _admit(self, name: str, body: Mapping[str, Any]) -> tuple[Operation, Any]:
+    def _admit(self, name: str, body: Mapping[str, Any], strict: bool) -> tuple[Operation, Any]:
         operation = OPERATIONS.get(name)
         if operation is None:
             raise NotFoundError(f"there is no operation {name!r}")
         try:
-            return operation, msgspec.convert(dict(body), operation.request, dec_hook=decode_hook)
+            return operation, msgspec.convert(dict(body), operation.request, strict=strict, dec_hook=decode_hook)
         except msgspec.ValidationError as error:
             raise InputError(f"{name}: {error}", hint="see docs/reference/cli.md for its arguments") from None
 
@@ -112,18 +147,17 @@ class Dispatcher:
         return MillraceError(text, details={"log": str(path)})
 
     def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
+        self._record(operation, operation.subject(request), request, outcome)
+
+    def _record(self, operation: Operation, subject: str, detail: Any, outcome: str) -> None:
         """Writes and denials are events; reads are not."""
         if not (operation.is_write and operation.is_audited) and outcome != "auth.denied":
             return
         if outcome != "ok" and not self._services.is_used:
             return  # a refusal does not make a home where there was none
-        detail = {"outcome": outcome, "request": msgspec.to_builtins(request)}
         event = Event(
-            at=self._services.clock.now(),
-            actor=self._principal,
-            verb=operation.name,
-            subject=operation.subject(request),
-            detail=detail,
-        )
+            at=self._services.clock.now(), actor=self._principal, verb=operation.name, subject=subject,
+            detail={"outcome": outcome, "request": msgspec.to_builtins(detail)},
+        )  # fmt: skip
         with self._services.records.transaction() as transaction:
             transaction.append(event)

@@ -100,8 +100,11 @@ def end_event(run: Run, report: Path | None) -> RunEvent:
     )
 
 
-def follow(services: Services, run: Run) -> Iterator[RunEvent]:
-    """Events made from the records that another process writes."""
+def follow(services: Services, run: Run, *, is_adopted: bool = False) -> Iterator[RunEvent]:
+    """Events made from the records that another process writes.
+
+    Ends when the run does, or when its driver has died and nobody will start another (`is_adopted`: a server will).
+    """
     seen: dict[str, str] = {}
     while True:
         current = services.records.get(Run, run.id)
@@ -119,7 +122,7 @@ def follow(services: Services, run: Run) -> Iterator[RunEvent]:
             report = Path(current.spec_path).parent / "report.html"
             yield end_event(current, report if report.is_file() else None)
             return
-        if acquire_if_abandoned(services, current):
+        if not is_adopted and acquire_if_abandoned(services, current):
             return
         services.clock.sleep(FOLLOW_POLL_S)
 

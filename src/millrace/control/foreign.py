@@ -16,6 +16,7 @@ from millrace.compress.foreign import compress_model
 from millrace.control.commits import move_alias
 from millrace.control.models import view_of
 from millrace.control.services import Services
+from millrace.control.uploads import local_path
 from millrace.core.errors import DataError, InputError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.core.operations import registry as ops
@@ -156,14 +157,14 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
     Raises:
         InputError: Not a valid model, or a name that cannot be one.
     """
-    path = Path(body.path).absolute()
+    path = local_path(services, body.path)
     session = check_onnx(path)
     name = Ref.parse((body.name or path.stem).lower().replace("_", "-"), kind="model").name
     reference: dict[str, Any] = {}
     if body.data is not None:
         if body.label is None:
             raise InputError("--data needs --label: the column with the right answers")
-        rows, labels = read_table(Path(body.data), body.label)
+        rows, labels = read_table(local_path(services, body.data), body.label)
         tensors, inputs = tensors_of(session, rows, Path(body.data).name)
         signature = _signature(session, inputs, body.label, sorted({str(value) for value in labels.to_list()}))
         reference = build_reference(tensors, session.run(tensors), signature)

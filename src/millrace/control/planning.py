@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,8 @@ def flatten(value: Any, prefix: str) -> dict[str, str]:
     return {prefix: msgspec.json.encode(value).decode()}
 
 
-def section_value(section: Section) -> Any:
-    """A section as plain data."""
+def section_value(section: Section | list[Any] | str | float | None) -> Any:
+    """A section, or one value of it, as plain data."""
     return msgspec.to_builtins(section, enc_hook=_plain)
 
 
@@ -203,8 +204,8 @@ class KeyMaker:
         if "train" in stage.sections:
             parts["seed"] = str(self._spec.train.seed)
             parts["device"] = resolve_device(self._spec.train.device)
-        for section in stage.sections:
-            parts.update(flatten(section_value(getattr(self._spec, section)), section))
+        for name in stage.sections:
+            parts.update(flatten(section_value(attrgetter(name)(self._spec)), name))
         for distribution in stage.distributions:
             parts[f"package {distribution}"] = extras.version_of(distribution)
         if stage.uses_source:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from millrace.control.dispatch import handles
-from millrace.control.driving import drive_or_follow
+from millrace.control.drivers import live_lease, spawn_driver
+from millrace.control.driving import drive_or_follow, follow
 from millrace.control.pipeline import last_parts
 from millrace.control.planning import (
     KeyMaker,
@@ -24,13 +22,13 @@ from millrace.control.planning import (
     section_value,
 )
 from millrace.control.services import Services
+from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.core.operations import runs as ops
 from millrace.core.spec_errors import load_spec, parse_spec
 from millrace.core.states import RUN_END_STATES
-from millrace.core.types import Artifact, Lease, MetricPoint, Run, Step
-from millrace.store.leases import holder_is_dead, host_id
+from millrace.core.types import Artifact, MetricPoint, Run, Step
 
 REPORT_NAME = "report.html"
 
@@ -56,19 +54,10 @@ def find_run(services: Services, text: str) -> Run:
     return found[0]
 
 
-def live_lease(services: Services, run: Run) -> Lease | None:
-    """The lease of a living driver of this run, or None."""
-    lease = services.records.get(Lease, f"run/{run.id}")
-    if lease is None or not lease.held or holder_is_dead(lease):
-        return None
-    # On this host a process that is not proven dead lives, even if it is suspended; elsewhere time decides.
-    return lease if lease.boot_id == host_id() or lease.expires_at > services.clock.now() else None
-
-
 @handles(ops.PLAN_RUN)
 def plan_run(services: Services, body: ops.SpecRequest) -> ops.Plan:
     """What would run, and why; nothing is executed or written."""
-    path = Path(body.spec_path).absolute()
+    path = local_path(services, body.spec_path)
     spec, _ = load_spec(path, body.overrides)
     plans = plan_steps(spec, services.stages)
     check_before_work(spec, plans, services.stages, path.parent)
@@ -84,8 +73,10 @@ def _plan_step(
     services: Services, plan: StepPlan, keys: KeyMaker, outputs: dict[str, dict[str, Artifact]], project: str
 ) -> ops.PlannedStep:
     waiting = [need for need in plan.needs if need not in outputs]
+    placeholder = Step(id="", project=project, run_id="", name=plan.name, stage=plan.stage)
+    earlier = last_parts(services, placeholder) if services.is_used else None
     if waiting:
-        return ops.PlannedStep(name=plan.name, action="run", reason=f"after {', '.join(waiting)}")
+        return _waiting_step(plan, waiting, is_first=earlier is None)
     inputs = {
         f"{need}.{name}": artifact
         for need in plan.needs
@@ -95,11 +86,20 @@ def _plan_step(
     parts = keys.parts(plan, inputs)
     done = _done_step(services, plan, parts)
     if done is None:
-        placeholder = Step(id="", project=project, run_id="", name=plan.name, stage=plan.stage)
-        earlier = last_parts(services, placeholder) if services.is_used else None
         return ops.PlannedStep(name=plan.name, action="run", reason=explain(earlier, parts))
     outputs[plan.name] = done.outputs
     return ops.PlannedStep(name=plan.name, action="cached", reason="nothing changed")
+
+
+def _waiting_step(plan: StepPlan, waiting: list[str], *, is_first: bool) -> ops.PlannedStep:
+    """A step whose inputs are not known yet: equal ones would keep what it made."""
+    names = ", ".join(waiting)
+    if is_first:
+        return ops.PlannedStep(name=plan.name, action="run", reason=f"first time, after {names}")
+    whose = f"{names}'s" if len(waiting) == 1 else "their"
+    return ops.PlannedStep(
+        name=plan.name, action="may run", reason=f"after {names} (kept if {whose} outputs are equal)"
+    )
 
 
 def _done_step(services: Services, plan: StepPlan, parts: dict[str, str]) -> Step | None:
@@ -120,7 +120,7 @@ def _done_step(services: Services, plan: StepPlan, parts: dict[str, str]) -> Ste
 @handles(ops.SUBMIT_RUN)
 def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
     """Create a run, continue one whose driver died, or join the live one on the same spec."""
-    path = Path(body.spec_path).absolute()
+    path = local_path(services, body.spec_path)
     spec, text = load_spec(path, body.overrides)
     check_before_work(spec, plan_steps(spec, services.stages), services.stages, path.parent)
     with services.records.transaction() as transaction:
@@ -148,29 +148,19 @@ def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
                 spec_path=str(path), spec_text=text, overrides=body.overrides,
             )  # fmt: skip
             submitted = ops.Submitted(run=transaction.put(run, expect_version=0))
-    if body.detach and not submitted.is_joined:
-        _spawn_driver(services, submitted.run)
+    if services.drives_apart:
+        if live_lease(services, submitted.run) is None:
+            spawn_driver(services, submitted.run)
+    elif body.detach and not submitted.is_joined:
+        spawn_driver(services, submitted.run)
     return submitted
-
-
-def _spawn_driver(services: Services, run: Run) -> None:
-    """A driver of its own session, so that it outlives this terminal."""
-    log = services.home / "logs" / run.id / "driver.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "millrace", "--home", str(services.home), "drive", run.id]
-    with log.open("ab") as output:
-        driver = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            cwd=Path(run.spec_path).parent,
-        )  # fmt: skip
-    # Where this process goes on (a notebook), an ended driver must not stay a zombie.
-    threading.Thread(target=driver.wait, name="driver", daemon=True).start()
 
 
 @handles(ops.DRIVE_RUN)
 def drive_run(services: Services, body: ops.RunRequest) -> Iterator[ops.RunEvent]:
     """Drive a run to its end, or follow the process that does."""
-    return drive_or_follow(services, find_run(services, body.run))
+    run = find_run(services, body.run)
+    return follow(services, run, is_adopted=True) if services.drives_apart else drive_or_follow(services, run)
 
 
 @handles(ops.LIST_RUNS)
@@ -188,7 +178,8 @@ def get_run(services: Services, body: ops.RunRequest) -> ops.RunView:
     run = find_run(services, body.run)
     steps = services.records.find(Step, {"run_id": run.id})
     report = Path(run.spec_path).parent / REPORT_NAME if run.spec_path else None
-    return ops.RunView(run=run, steps=steps, report_path=str(report) if report and report.is_file() else None)
+    path, values = str(report) if report and report.is_file() else None, services.records.run_values([run.id])[run.id]
+    return ops.RunView(run=run, steps=steps, report_path=path, values=values)
 
 
 @handles(ops.DIFF_RUNS)

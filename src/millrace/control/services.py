@@ -26,6 +26,9 @@ class Services:
         open_blobs: Makes the blob store.
         open_compute: Makes the compute, given modules worth importing early.
         open_signer: Makes the signer.
+        open_records_at: Opens the records of another URL; "" means the home's file.
+        open_blobs_at: The same for blobs.
+        drives_apart: Runs are driven by processes of their own, never by the one that was asked: a server.
     """
 
     def __init__(
@@ -39,8 +42,13 @@ class Services:
         open_blobs: Callable[[], Blobs],
         open_compute: Callable[[Sequence[str]], Compute],
         open_signer: Callable[[], Signer],
+        open_records_at: Callable[[str], Records],
+        open_blobs_at: Callable[[str], Blobs],
+        drives_apart: bool = False,
     ) -> None:
+        self.open_records_at, self.open_blobs_at = open_records_at, open_blobs_at
         self.home = home
+        self.drives_apart = drives_apart
         self.clock = clock
         self.stages = stages
         self.settings = settings

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
 from millrace.control.models import open_version
 from millrace.control.services import Services
+from millrace.control.watching import Watch
 from millrace.core.errors import StageError
-from millrace.core.ids import new_id
 from millrace.core.operations.live import ServeEvent, ServeRequest
 from millrace.core.spec import Monitor, Serve
-from millrace.core.types import Alert, Endpoint, ModelVersion
+from millrace.core.types import Endpoint, ModelVersion
 from millrace.formats.bundle import open_bundle
-from millrace.monitor.alerts import DRIFT, decide_alert
-from millrace.monitor.signals import window_of
-from millrace.monitor.windows import WindowBuilder
 from millrace.serve.child import ChildConfig
 from millrace.serve.process import ServerProcess
 from millrace.serve.server import ServerConfig
 from millrace.serve.telemetry import TelemetryFrame
-from millrace.stats.histogram import Histograms
 
 POLL_S = 0.25
 MAX_CRASHES = 5
@@ -38,12 +32,11 @@ class Supervisor:
     def __init__(
         self, services: Services, version: ModelVersion, body: ServeRequest, serve: Serve, monitor: Monitor
     ) -> None:
-        self._services, self._version, self._monitor = services, version, monitor
+        self._services, self._version = services, version
         self._variant = body.variant or (version.chosen_variant if serve.variant == "chosen" else serve.variant)
         self._folder = open_version(services, version)
         bundle = open_bundle(self._folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
         bundle.model_path(self._variant)
-        self._reference = bundle.reference
         self._config = ChildConfig(
             bundle_dir=str(self._folder),
             digest=version.bundle.digest,
@@ -51,13 +44,12 @@ class Supervisor:
             server=ServerConfig(
                 name=version.name, version=str(version.number), variant=self._variant, host=body.host,
                 port=serve.port if body.port is None else body.port, max_batch=serve.max_batch, queue=serve.queue,
-                reference=self._reference or None,
+                reference=bundle.reference or None,
             ),
         )  # fmt: skip
         self._frames: queue.Queue[TelemetryFrame] = queue.Queue()
-        self._windows = WindowBuilder(self._reference, monitor.window_rows, services.clock)
+        self._watch = Watch(services, version.name, version, bundle.reference, monitor)
         self._crashes: list[float] = []
-        self._quiet = 0
         self._child: ServerProcess | None = None
 
     def run(self) -> Iterator[ServeEvent]:
@@ -104,46 +96,16 @@ class Supervisor:
         try:
             frame = self._frames.get(timeout=POLL_S)
         except queue.Empty:
-            window = self._windows.tick()
-            if window is not None:
-                yield from self._judge(window)
+            yield from self._watch.tick()
         else:
-            yield from self._take(frame)
+            yield from self._watch.take(frame)
         child = self._child
         if child is not None and child.exit_code is not None:
             yield self._restart(child.exit_code)
 
-    def _take(self, frame: TelemetryFrame) -> Iterator[ServeEvent]:
-        if frame.histograms is not None and self._reference and self._monitor.enabled:
-            window = self._windows.add(frame.histograms)
-            if window is not None:
-                yield from self._judge(window)
-
     def _drain_frames(self) -> Iterator[ServeEvent]:
         while not self._frames.empty():
-            yield from self._take(self._frames.get())
-
-    def _judge(self, window: Histograms) -> Iterator[ServeEvent]:
-        at = time.strftime("%H:%M:%S", time.localtime(self._services.clock.now()))
-        judged = window_of(at, self._reference, window, float(self._monitor.false_alarms))
-        self._quiet = 0 if judged.is_alert else self._quiet + 1
-        name = self._version.name
-        fresh = Alert(
-            id=new_id(), created_at=self._services.clock.now(), endpoint=name, model=name,
-            number=self._version.number, signal=DRIFT, score=0.0, threshold=0.0,
-        )  # fmt: skip
-        with self._services.records.transaction() as transaction:
-            found = transaction.find(Alert, {"endpoint": name, "state": "open"})
-            old = next((alert for alert in found if alert.signal == DRIFT), None)
-            changed = decide_alert(judged, old, fresh, self._quiet)
-            if changed is not None:
-                transaction.put(changed)
-        if changed is not None and (old is None or changed.state != old.state):
-            text = f"{changed.title} ({changed.score:.2f} > {changed.threshold:.2f}, {judged.rows} rows)"
-            if changed.state == "resolved":
-                text = f"{changed.endpoint}: quiet again"
-            facts: dict[str, Any] = {"alert": changed.id, "state": changed.state}
-            yield ServeEvent(kind="alert", text=text, facts=facts)
+            yield from self._watch.take(self._frames.get())
 
     def _restart(self, code: int) -> ServeEvent:
         """Start the child again, later each time.

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from millrace.control.dispatch import handles
-from millrace.control.runs import live_lease
+from millrace.control.drivers import live_lease
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.errors import CorruptError, MillraceError, NotFoundError
@@ -40,7 +40,11 @@ def list_endpoints(services: Services, body: Page) -> list[Endpoint]:
 
 
 def _with_truth(endpoint: Endpoint) -> Endpoint:
-    if endpoint.state == "ready" and not (endpoint.pid and Path(f"/proc/{endpoint.pid}").exists()):
+    if (
+        endpoint.state == "ready"
+        and not endpoint.is_managed
+        and not (endpoint.pid and Path(f"/proc/{endpoint.pid}").exists())
+    ):
         return msgspec.structs.replace(endpoint, state="stopped", url=None, pid=None)
     return endpoint
 

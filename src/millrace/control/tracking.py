@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from millrace.control.dispatch import handles
 from millrace.control.runs import find_run
 from millrace.control.services import Services
+from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, InputError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.core.operations import runs as ops
@@ -24,29 +25,29 @@ def start_tracking(services: Services, body: ops.TrackRequest) -> Run:
     now = services.clock.now()
     run = Run(
         id=new_id(), project=body.project, created_at=now, started_at=now, name=body.name or TRACKED, state="running",
-        facts={"params": body.params}, tags={**body.tags, "source": "track"},
+        tags={"source": "track"},
     )  # fmt: skip
-    return services.records.put(run, expect_version=0)
+    with services.records.transaction() as transaction:
+        transaction.log(run.id, params=_as_texts(body.params), tags=body.tags)
+        return transaction.put(run, expect_version=0)
 
 
 @handles(ops.TRACK_LOG)
 def log_tracked(services: Services, body: ops.TrackLog) -> None:
-    """Points go to the metrics table; parameters and tags to the run."""
+    """Points, and parameters and tags, which replace those of the same name."""
     if body.points:
         services.records.append_metrics(body.points)
     if body.params or body.tags:
-        _change(services, body.run, lambda run: msgspec.structs.replace(
-            run,
-            facts={**run.facts, "params": {**run.facts.get("params", {}), **body.params}},
-            tags={**run.tags, **body.tags},
-        ))  # fmt: skip
+        run = find_run(services, body.run)
+        with services.records.transaction() as transaction:
+            transaction.log(run.id, params=_as_texts(body.params), tags=body.tags, replace_params=True)
 
 
 @handles(ops.TRACK_ARTIFACT)
 def keep_artifact(services: Services, body: ops.TrackArtifact) -> Step:
     """Store a file or folder; it appears as an output of the run's step `artifacts`."""
     run = find_run(services, body.run)
-    path = Path(body.path).absolute()
+    path = local_path(services, body.path)
     if not path.exists():
         raise NotFoundError(f"there is no file or folder {path}")
     artifact = services.blobs.put_tree(path) if path.is_dir() else services.blobs.put(path)
@@ -70,6 +71,11 @@ def end_tracking(services: Services, body: ops.TrackEnd) -> Run:
     return _change(services, body.run, lambda run: msgspec.structs.replace(
         run, state=body.state, ended_at=services.clock.now(), error=body.error
     ))  # fmt: skip
+
+
+def _as_texts(params: dict[str, Any]) -> dict[str, str]:
+    """Parameters as they are searched, which is how MLflow's clients write them too."""
+    return {key: str(value) for key, value in params.items()}
 
 
 def _change(services: Services, run_id: str, change) -> Run:  # type: ignore[no-untyped-def]

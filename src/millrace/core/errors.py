@@ -51,6 +51,13 @@ class InputError(MillraceError):
     default_hint = "correct the named value and try again"
 
 
+class TooLargeError(InputError):
+    """A request is larger than its route takes."""
+
+    code = "input.too_large"
+    default_hint = "send less at once"
+
+
 class DataError(MillraceError):
     """Data cannot be read or breaks an expectation; names the file and, where there is one, the row."""
 

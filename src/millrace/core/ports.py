@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
+from millrace.core.search import RunSearch, TrackingWriter
 from millrace.core.types import Artifact, Event, MetricPoint, Record, Struct, TreeEntry
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ R = TypeVar("R", bound=Record)
 # --------------------------------------------------------------------------- store
 
 
-class Transaction(Protocol):
+class Transaction(TrackingWriter, Protocol):
     """One atomic change: everything or nothing becomes durable when the `with` block ends."""
 
     def get(self, record_type: type[R], id: str) -> R | None:
@@ -49,7 +50,7 @@ class Transaction(Protocol):
         ...
 
 
-class Records(Protocol):
+class Records(RunSearch, Protocol):
     """Durable records. Thread-safe; several processes may use one home at once.
 
     Every write is one durable transaction (fsync'd) when the call returns.
@@ -411,7 +412,7 @@ class Signer(Verifier, Protocol):
 
 
 class Transport(Protocol):
-    """How the CLI and the SDK reach operations: in process now, HTTP later."""
+    """How the CLI and the SDK reach operations: in process, or over HTTP."""
 
     def call(self, operation: str, body: Mapping[str, Any]) -> Any:
         """Validate, authorise, run; the response struct of the operation.
@@ -423,4 +424,8 @@ class Transport(Protocol):
 
     def stream(self, operation: str, body: Mapping[str, Any]) -> Iterator[Any]:
         """The same for an operation that answers with a sequence."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the home, or of the connections."""
         ...

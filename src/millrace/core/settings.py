@@ -32,6 +32,9 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="home", type=str, default="", summary="Folder of the home; default: .millrace beside the spec."),
+    Setting(name="url", type=str, default="", summary="A running server to talk to; default: the one in server.json."),
+    Setting(name="records_url", type=str, default="", summary="postgresql://… for the records; default: in the home."),
+    Setting(name="blobs_url", type=str, default="", summary="s3://…, gs://… or az://… for blobs; default: the home."),
     Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),
     Setting(name="heartbeat_timeout_s", type=float, default=60.0, summary="A step silent for so long is hung."),
     Setting(

@@ -83,6 +83,9 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> tuple[Spec, str]:
         ) from None
     except UnicodeDecodeError as error:
         raise refuse([Problem(Position(path.name, 1, 1), "", f"not UTF-8 text: {error.reason}")]) from None
+    except (OSError, ValueError) as error:  # a folder, no permission, a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"the spec {str(path)!r} cannot be read: {reason}", hint="name a millrace.yaml") from None
     return parse_spec(text, path.name, overrides), text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -42,6 +42,19 @@ class Record(Struct, frozen=True, kw_only=True):
     version: int = 0
 
 
+class Project(Record, frozen=True, kw_only=True):
+    """What runs belong to. `project` (its key) never changes and is what runs carry; `name` may.
+
+    `id` is a decimal number as text: MLflow clients know it as the experiment id; "0" is `default`.
+    """
+
+    kind: ClassVar[str] = "project"
+    name: str
+    tags: dict[str, str] = {}
+    updated_at: float = 0.0
+    deleted_at: float | None = None
+
+
 class Run(Record, frozen=True, kw_only=True):
     """One execution of a spec."""
 
@@ -55,7 +68,9 @@ class Run(Record, frozen=True, kw_only=True):
     ended_at: float | None = None
     error: dict[str, Any] | None = None
     facts: dict[str, Any] = {}
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = {}  # set by Millrace itself; those of people are searchable values (`core.search`)
+    created_by: str = ""
+    deleted_at: float | None = None  # deleted, and still restorable until `system gc`
 
 
 class Step(Record, frozen=True, kw_only=True):
@@ -90,8 +105,23 @@ class DatasetVersion(Record, frozen=True, kw_only=True):
     facts: dict[str, Any] = {}
 
 
+class Model(Record, frozen=True, kw_only=True):
+    """A name in the registry; id is the name. `last_number` only grows: numbers are never used twice."""
+
+    kind: ClassVar[str] = "model"
+    name: str
+    description: str = ""
+    tags: dict[str, str] = {}
+    last_number: int = 0
+    updated_at: float = 0.0
+
+
 class ModelVersion(Record, frozen=True, kw_only=True):
-    """An immutable model: a signed bundle and what was measured of it."""
+    """An immutable model: a signed bundle and what was measured of it.
+
+    Description, tags, stage and state are notes of people and may change; nothing else does. A version
+    with `format="opaque"` is a tree of files that Millrace keeps and never loads.
+    """
 
     kind: ClassVar[str] = "model_version"
     name: str
@@ -104,6 +134,52 @@ class ModelVersion(Record, frozen=True, kw_only=True):
     run_id: str | None = None
     source: str = "run"
     facts: dict[str, Any] = {}
+    format: Literal["bundle", "opaque"] = "bundle"
+    description: str = ""
+    tags: dict[str, str] = {}
+    stage: str = "None"
+    state: str = "ready"
+    state_text: str = ""
+    source_uri: str = ""
+    created_by: str = ""
+    updated_at: float = 0.0
+
+
+class LoggedModel(Record, frozen=True, kw_only=True):
+    """A model that a run logged and nobody registered yet; id is `m-` and 32 hex digits."""
+
+    kind: ClassVar[str] = "logged_model"
+    name: str
+    run_id: str | None = None
+    state: str = "pending"
+    model_type: str = ""
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    metrics: list[dict[str, Any]] = []
+    updated_at: float = 0.0
+    deleted_at: float | None = None
+
+
+class RunLink(Record, frozen=True, kw_only=True):
+    """A dataset that a run read, or a logged model that it wrote or read."""
+
+    kind: ClassVar[str] = "run_link"
+    run_id: str
+    direction: Literal["input", "output"]
+    target: Literal["dataset", "model"]
+    name: str  # the dataset's name, or the logged model's id
+    digest: str = ""
+    facts: dict[str, Any] = {}  # dataset: source, source_type, schema, profile; model: step
+    tags: dict[str, str] = {}
+
+
+class ArtifactFile(Record, frozen=True, kw_only=True):
+    """A file kept with a run or a logged model; id is `owner/path`."""
+
+    kind: ClassVar[str] = "artifact_file"
+    owner: str  # a run id, or a logged model's id
+    path: str  # relative, forward slashes
+    artifact: Artifact
 
 
 class Alias(Record, frozen=True, kw_only=True):
@@ -129,6 +205,10 @@ class Endpoint(Record, frozen=True, kw_only=True):
     url: str | None = None
     pid: int | None = None
     facts: dict[str, Any] = {}
+    is_managed: bool = False  # kept by the server's loop; else it lives with the command that serves it
+    is_isolated: bool = False  # a serving process of its own
+    threads: int = 1
+    text: str = ""  # why it is in this state
 
 
 class Alert(Record, frozen=True, kw_only=True):
@@ -182,5 +262,20 @@ class MetricPoint(msgspec.Struct, frozen=True, array_like=True):
 
 
 RECORD_TYPES: dict[str, type[Record]] = {
-    record.kind: record for record in (Run, Step, DatasetVersion, ModelVersion, Alias, Endpoint, Alert, Lease)
+    record.kind: record
+    for record in (
+        Project,
+        Run,
+        Step,
+        DatasetVersion,
+        Model,
+        ModelVersion,
+        LoggedModel,
+        RunLink,
+        ArtifactFile,
+        Alias,
+        Endpoint,
+        Alert,
+        Lease,
+    )
 }

@@ -16,6 +16,7 @@ from millrace.data.sources import FILE, HIDDEN, ROW, Table
 FLOAT32_MAX = 3.4028234663852886e38
 _WHICH = "__millrace_which"
 _SHOWN_CHARS = 200
+_CUT_CHARS = 30
 _SAMPLES_PER_REASON = 3
 _MAX_SAMPLES = 12
 
@@ -96,7 +97,7 @@ class Cleaner:
         self.frame = self.frame.with_columns(pl.col(floats).fill_nan(None)) if floats else self.frame
         rejects = [Reject("range", c, ~(pl.col(c).abs() <= FLOAT32_MAX)) for c in floats]
         rejects += [
-            Reject("category", column, pl.col(column).str.len_chars() > MAX_CATEGORY_CHARS)
+            Reject("too long", column, pl.col(column).str.len_chars() > MAX_CATEGORY_CHARS)
             for column, kind in self.types.items()
             if kind == "category" and self.frame.schema[column] == pl.String
         ]
@@ -173,10 +174,17 @@ def _with_nulls(frame: pl.DataFrame, null_values: list[str]) -> pl.DataFrame:
 
 def _shown(frame: pl.DataFrame) -> list[pl.Expr]:
     return [
-        pl.col(column).cast(pl.String).str.slice(0, _SHOWN_CHARS)
+        _cut(pl.col(column).cast(pl.String)).alias(column)
         for column, dtype in frame.schema.items()
         if column not in HIDDEN and dtype != pl.Binary
     ]
+
+
+def _cut(text: pl.Expr) -> pl.Expr:
+    """A long cell's beginning, and how long it is."""
+    length = text.str.len_chars()
+    beginning = text.str.slice(0, _SHOWN_CHARS - _CUT_CHARS)
+    return pl.when(length > _SHOWN_CHARS).then(pl.format("{}… ({} characters)", beginning, length)).otherwise(text)
 
 
 def _describe(bad: pl.DataFrame, which: list[int], rejects: list[Reject], rule: str) -> pl.DataFrame:

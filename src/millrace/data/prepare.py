@@ -15,6 +15,7 @@ from millrace.core.spec import Data, Spec
 from millrace.data.assemble import make_facts, write_dataset
 from millrace.data.checks import check_classes, check_expectations, count_leaks
 from millrace.data.clean import Cleaner
+from millrace.data.giveaways import giveaways
 from millrace.data.naming import short
 from millrace.data.roles import Clean, Label, assign_roles, make_plan, settle_label
 from millrace.data.row_hash import mix, row_hash
@@ -103,7 +104,7 @@ def split_table(clean: Clean, table: Table, data: Data) -> tuple[np.ndarray, lis
         places = by_source(frame[SPLIT], hashes, codes, split)
     else:
         places = assign(want, hashes, codes, split.stratify)
-    warnings = [*key_warnings, *_split_warnings(clean, table, codes, places)]
+    warnings = [*key_warnings, *_split_warnings(clean, table, codes, places), *giveaways(clean, places)]
     return places, warnings
 
 

@@ -10,6 +10,7 @@ import polars as pl
 
 from millrace.core.errors import DataError, InputError
 from millrace.core.spec import CleanRule, Data, DropDuplicates
+from millrace.data.builtin import builtin_of
 from millrace.data.naming import did_you_mean
 from millrace.data.prepare import clean_table
 from millrace.data.roles import Clean
@@ -18,6 +19,9 @@ from millrace.data.sources import FILE, ROW, SPLIT, Table, read_source
 _PLAIN = re.compile(r"^[A-Za-z_][A-Za-z0-9_.-]*$")
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 _ENCODINGS = ("utf-8", "cp1252", "latin-1")
+LINES = 12
+# Said where the table leaves room, most useful first: without them the same happens.
+_DEFAULTS = ("serve: {port: 8080}", "monitor: {false_alarms: 2%}", "evaluate: {confidence: 0.95}")
 
 
 def quote(text: str) -> str:
@@ -46,6 +50,9 @@ def project_name(file: Path) -> str:
 def propose(file: Path, label: str, project_dir: Path | None = None) -> str:
     """A spec of twelve lines: the label, the task, what is ignored, and types where the guess was close.
 
+    What a table needs said (an encoding, columns to ignore, types) takes the place of lines that only
+    show defaults.
+
     Args:
         file: The data: anything that `data.source` may name.
         label: The column to predict.
@@ -65,17 +72,23 @@ def propose(file: Path, label: str, project_dir: Path | None = None) -> str:
         millrace.core.errors.InputError: nowhere.csv does not exist
     """
     base = (project_dir or Path.cwd()).resolve()
-    place = file.resolve()
-    if not place.exists():
-        raise InputError(f"{file} does not exist", hint="name a CSV, Parquet, JSONL or .npz file")
-    source = place.relative_to(base).as_posix() if place.is_relative_to(base) else place.as_posix()
+    builtin = builtin_of(str(file))
+    source = str(file) if builtin else _source_of(file, base)
     table, encoding = _read(source, label, base)
     names = [column for column in table.frame.columns if column not in (FILE, ROW, SPLIT)]
     if label not in names:
         raise InputError(f"{file.name} has no column {label!r}", hint=did_you_mean(label, names))
     rules = [] if table.image else [CleanRule(drop_duplicates=DropDuplicates())]
     clean = clean_table(table, Data(source=source, label=label, encoding=encoding, clean=rules))
-    return _text(project_name(file), source, encoding, clean, table)
+    return _text(project_name(Path(builtin or file)), source, encoding, clean, table)
+
+
+def _source_of(file: Path, base: Path) -> str:
+    """How the spec names a file."""
+    place = file.resolve()
+    if not place.exists():
+        raise InputError(f"{file} does not exist", hint="name a CSV, Parquet, JSONL or .npz file, or builtin:iris")
+    return place.relative_to(base).as_posix() if place.is_relative_to(base) else place.as_posix()
 
 
 def _read(source: str, label: str, base: Path) -> tuple[Table, str]:
@@ -103,17 +116,14 @@ def _text(name: str, source: str, encoding: str, clean: Clean, table: Table) -> 
     duplicates = "" if table.image else "drop_duplicates, "
     data.append(f"  clean: [{duplicates}{{drop_missing: {quote(label)}}}]")
     lines = [
-        f"project: {name}",
+        f"project: {quote(name)}",
         "data:",
         *data,
         "train: {model: auto, seed: 0}",
-        "evaluate: {confidence: 0.95}",
         "compress: {variants: auto, max_changed: 5%}",
-        f"register: {{model: {name}, alias: champion, promote_if: not_worse}}",
-        "serve: {port: 8080}",
-        "monitor: {false_alarms: 2%}",
+        f"register: {{model: {quote(name)}, alias: champion, promote_if: not_worse}}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_DEFAULTS[: LINES - len(lines)]]) + "\n"
 
 
 def _close_guesses(clean: Clean) -> dict[str, str]:

@@ -90,6 +90,7 @@ def make_plan(table: Table, data: Data) -> Plan:
     for column in data.types:
         match_columns([column], names, "data.types")
     ignored |= {column for column, kind in data.types.items() if kind == "ignore"}
+    ignored |= table.unnamed - data.types.keys() - {data.label}
     if data.label in ignored:
         raise DataError(f"data.ignore names the label {data.label!r}: a label cannot be ignored")
     pixels = _pixels(table, data, names, ignored)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from millrace.core.errors import DataError
 from millrace.core.spec import Data
+from millrace.data.builtin import builtin_of, bundled_files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _SUFFIXES = {
@@ -174,4 +175,7 @@ def source_digests(data: Data, project_dir: Path) -> dict[str, str]:
         Traceback (most recent call last):
         millrace.core.errors.DataError: data source 'nowhere.csv' does not exist
     """
+    builtin = builtin_of(data.source)
+    if builtin is not None:
+        return {f"{data.source} {path.name}": file_digest(path) for path in bundled_files(builtin)}
     return {display_name(path, project_dir): file_digest(path) for path in resolve_files(data, project_dir)}

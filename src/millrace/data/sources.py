@@ -7,16 +7,19 @@ from pathlib import Path
 
 import polars as pl
 
+from millrace.core import extras
 from millrace.core.errors import DataError
 from millrace.core.spec import Data
+from millrace.data.builtin import PREFIX, builtin_of
 from millrace.data.images import PIXELS, image_rows, read_folders, read_idx, read_npz
 from millrace.data.source_files import display_name, format_of, resolve_files
-from millrace.data.tables import READERS
+from millrace.data.tables import READERS, Reading
 
 FILE = "__millrace_file"  # index into Table.files
 ROW = "__millrace_row"  # counts from 1 after the header
 SPLIT = "__millrace_split"  # only where the source itself is split
 HIDDEN = (FILE, ROW, SPLIT)
+_NOTES = 4
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Table:
     image: list[int] | None = None  # shape, where the source itself is of images
     pixel_dtype: str | None = None
     warnings: list[str] = field(default_factory=list)
+    unnamed: frozenset[str] = frozenset()  # columns that got their name here: no features unless the spec says so
 
     def place(self, file: int, row: int) -> str:
         """Where a row stands, for messages: `rows.csv row 7`."""
@@ -38,7 +42,7 @@ def read_source(data: Data, project_dir: Path) -> Table:
     """Read every file of the source.
 
     Args:
-        data: The spec's section.
+        data: The spec's section; its source may be a built-in set.
         project_dir: The folder that relative paths start from.
 
     Returns:
@@ -52,6 +56,10 @@ def read_source(data: Data, project_dir: Path) -> Table:
         Traceback (most recent call last):
         millrace.core.errors.DataError: data source 'nowhere.csv' does not exist
     """
+    builtin = builtin_of(data.source)
+    if builtin is not None:
+        frame = extras.load("millrace.data.builtin_rows:read_builtin")(builtin)
+        return Table(_with_place(frame, 0, frame.height), [f"{PREFIX}{builtin}"])
     files = resolve_files(data, project_dir)
     names = [display_name(path, project_dir) for path in files]
     kind = _kind(data, files, names)
@@ -96,8 +104,9 @@ def _with_place(frame: pl.DataFrame, file: int, rows: int) -> pl.DataFrame:
 
 
 def _read_tables(kind: str, files: list[Path], names: list[str], data: Data) -> Table:
-    frames = [READERS[kind](path, name, data) for path, name in zip(files, names, strict=True)]
-    warnings = []
+    readings = [READERS[kind](path, name, data) for path, name in zip(files, names, strict=True)]
+    frames = [reading.frame for reading in readings]
+    warnings = _notes(readings, names)
     first = frames[0]
     for name, frame in zip(names[1:], frames[1:], strict=True):
         missing = [column for column in first.columns if column not in frame.columns]
@@ -112,7 +121,15 @@ def _read_tables(kind: str, files: list[Path], names: list[str], data: Data) -> 
         if dtype == pl.String and kind == "parquet" and first[column].null_count() == first.height:
             warnings.append(f"{column} has no values of a type that can be used")
     placed = [_with_place(frame, index, frame.height) for index, frame in enumerate(_same_types(frames))]
-    return Table(pl.concat(placed, how="diagonal"), names, warnings=warnings)
+    unnamed = frozenset(column for reading in readings for column in reading.unnamed)
+    return Table(pl.concat(placed, how="diagonal"), names, warnings=warnings, unnamed=unnamed)
+
+
+def _notes(readings: list[Reading], names: list[str]) -> list[str]:
+    """What was settled in the files' text; of many files the first few are named."""
+    notes = [f"{name}: {note}" for name, reading in zip(names, readings, strict=True) for note in reading.notes]
+    more = len(notes) - _NOTES
+    return [*notes[:_NOTES], f"{more} more notes of this kind on other files"] if more > 0 else notes
 
 
 def _same_types(frames: list[pl.DataFrame]) -> list[pl.DataFrame]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
-import io
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import polars as pl
@@ -20,12 +18,13 @@ import pyarrow.parquet
 
 from millrace.core.errors import DataError
 from millrace.core.spec import Data
+from millrace.data.csv_layout import EMPTY_HINT, CsvLayout, check_names, layout_of
 
-_DELIMITERS = ",;\t|"
 _MIN_BLOCK_BYTES = 1 << 20
 _MAX_BLOCK_BYTES = (1 << 31) - 64
 _ROW_ERROR = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 _JSON_INTEGER_LIMIT = 2**53
+_NO_ROWS_HINT = "is this the right file, and was it written to its end?"
 
 
 def read_bytes(path: Path, name: str) -> bytes:
@@ -81,80 +80,15 @@ def decode_text(raw: bytes, name: str, encoding: str) -> str:
         ) from error
 
 
-def _delimiter(name: str, header: str) -> str:
-    if name.lower().removesuffix(".gz").endswith(".tsv"):
-        return "\t"
-    bare = re.sub(r'"[^"]*"', "", header)
-    return max(_DELIMITERS, key=lambda mark: (bare.count(mark), -_DELIMITERS.index(mark)))
+class Reading(NamedTuple):
+    """One file as a table; `unnamed` columns got a name here, `notes` say what was settled for the user."""
+
+    frame: pl.DataFrame
+    unnamed: list[str] = []
+    notes: list[str] = []
 
 
-def _header(text: str, name: str) -> tuple[list[str], str]:
-    start = next((match.group() for match in re.finditer(r"[^\r\n]+", text)), "")
-    if not start.strip():
-        raise DataError(f"{name} is empty: want a header and rows", details={"file": name})
-    delimiter = _delimiter(name, start)
-    limit = csv.field_size_limit(_MAX_BLOCK_BYTES)
-    try:
-        records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        header = next(record for record in records if record)
-    except csv.Error as error:
-        raise DataError(f"{name} has an unreadable header: {error}", details={"file": name, "row": 0}) from error
-    finally:
-        csv.field_size_limit(limit)
-    return [cell.strip() for cell in header], delimiter
-
-
-def _check_quotes(text: str, name: str, delimiter: str) -> None:
-    """An open quote would swallow the rest of the file as one cell: Arrow says nothing of it."""
-    if text.count('"') % 2 == 0:
-        return
-    row = 0
-    limit = csv.field_size_limit(_MAX_BLOCK_BYTES)
-    try:
-        for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
-            row += 1
-    except csv.Error as error:
-        raise DataError(
-            f"{name} row {row} opens a quote that is not closed ({error})",
-            hint='close the quote; a quote inside a quoted cell is written twice: ""',
-            details={"file": name, "row": row},
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def check_names(names: list[str], name: str) -> None:
-    """Refuse empty, repeated, case-colliding and reserved column names.
-
-    Raises:
-        DataError: Names the file and the columns.
-
-    Example:
-        >>> check_names(["Age", "age"], "t.csv")
-        Traceback (most recent call last):
-        millrace.core.errors.DataError: t.csv has columns 'Age' and 'age' (1 and 2) that differ only in case
-    """
-    seen: dict[str, int] = {}
-    for index, column in enumerate(names):
-        details = {"file": name, "row": 0, "column": column}
-        if not column:
-            raise DataError(f"{name} has a column without a name: column {index + 1} of its header", details=details)
-        if column.startswith("__millrace"):
-            raise DataError(f"{name} has a column {column!r}: names from '__millrace' on are reserved", details=details)
-        other = seen.setdefault(column.casefold(), index)
-        if other == index:
-            continue
-        pair = f"{other + 1} and {index + 1}"
-        if names[other] == column:
-            raise DataError(f"{name} has two columns named {column!r} ({pair})", hint="rename one", details=details)
-        raise DataError(
-            f"{name} has columns {names[other]!r} and {column!r} ({pair}) that differ only in case",
-            hint="rename one",
-            details=details,
-        )
-
-
-def read_csv(path: Path, name: str, data: Data) -> pl.DataFrame:
+def read_csv(path: Path, name: str, data: Data) -> Reading:
     """Every cell as trimmed text; a row must have as many cells as the header.
 
     Args:
@@ -163,7 +97,7 @@ def read_csv(path: Path, name: str, data: Data) -> pl.DataFrame:
         data: The section with the encoding.
 
     Returns:
-        One String column for each name in the header, no nulls.
+        One String column for each name in the header, no nulls; a first column without a name is called `index`.
 
     Raises:
         DataError: Empty, header only, ragged (names the row), wrong encoding, cut off, repeated names.
@@ -174,27 +108,30 @@ def read_csv(path: Path, name: str, data: Data) -> pl.DataFrame:
         millrace.core.errors.DataError: null.csv is empty: want a header and rows
     """
     text = decode_text(read_bytes(path, name), name, data.encoding)
-    header, delimiter = _header(text, name)
-    check_names(header, name)
-    _check_quotes(text, name, delimiter)
+    layout = layout_of(text, name)
+    check_names(layout.header, name)
     text = text if text.endswith("\n") else text + "\n"  # Arrow calls a single line without its end empty
-    table = _parse_csv(text.encode("utf-8", "surrogatepass"), name, delimiter, len(header))
+    table = _parse_csv(text.encode("utf-8", "surrogatepass"), name, layout)
     frame = pl.DataFrame(pl.from_arrow(table)).slice(1)
     if frame.height == 0:
-        raise DataError(f"{name} has a header but no rows", details={"file": name, "row": 0})
-    frame.columns = header
-    return frame.with_columns(pl.all().str.strip_chars())
+        raise DataError(f"{name} has a header but no rows", hint=EMPTY_HINT, details={"file": name, "row": 0})
+    frame.columns = layout.header
+    return Reading(frame.with_columns(pl.all().str.strip_chars()), layout.unnamed, layout.notes)
 
 
-def _parse_csv(raw: bytes, name: str, delimiter: str, width: int) -> pa.Table:
+def _parse_csv(raw: bytes, name: str, layout: CsvLayout) -> pa.Table:
     # All text, and the header as the first record: names with line breaks and repeated names stay whole.
-    columns = {f"f{index}": pa.large_string() for index in range(width)}
+    columns = {f"f{index}": pa.large_string() for index in range(len(layout.header))}
     block = min(max(_MIN_BLOCK_BYTES, len(raw) + 1), _MAX_BLOCK_BYTES)  # one block: a cell may have any length
     try:
         return pyarrow.csv.read_csv(
             pa.BufferReader(raw),
             read_options=pyarrow.csv.ReadOptions(use_threads=False, autogenerate_column_names=True, block_size=block),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=layout.delimiter,
+                quote_char='"' if layout.is_quoted else False,
+                newlines_in_values=layout.is_quoted,
+            ),
             convert_options=pyarrow.csv.ConvertOptions(column_types=columns, strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
@@ -209,7 +146,7 @@ def _parse_csv(raw: bytes, name: str, delimiter: str, width: int) -> pa.Table:
         ) from error
 
 
-def read_parquet(path: Path, name: str, data: Data) -> pl.DataFrame:
+def read_parquet(path: Path, name: str, data: Data) -> Reading:
     """A Parquet file with its own types, made few: integers, floats, booleans, text, date-times.
 
     Raises:
@@ -230,8 +167,8 @@ def read_parquet(path: Path, name: str, data: Data) -> pl.DataFrame:
         ) from error
     check_names(table.column_names, name)
     if table.num_rows == 0:
-        raise DataError(f"{name} has columns but no rows", details={"file": name, "row": 0})
-    return simplify(pl.DataFrame(pl.from_arrow(table)))
+        raise DataError(f"{name} has columns but no rows", hint=_NO_ROWS_HINT, details={"file": name, "row": 0})
+    return Reading(simplify(pl.DataFrame(pl.from_arrow(table))))
 
 
 def simplify(frame: pl.DataFrame) -> pl.DataFrame:
@@ -261,7 +198,7 @@ def _simple(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
     return column.cast(pl.String).str.strip_chars()
 
 
-def read_jsonl(path: Path, name: str, data: Data) -> pl.DataFrame:
+def read_jsonl(path: Path, name: str, data: Data) -> Reading:
     """One JSON object in each line; columns in the order of their first appearance.
 
     Raises:
@@ -275,7 +212,9 @@ def read_jsonl(path: Path, name: str, data: Data) -> pl.DataFrame:
     text = decode_text(read_bytes(path, name), name, data.encoding)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise DataError(f"{name} is empty: want one JSON object in each line", details={"file": name})
+        raise DataError(
+            f"{name} is empty: want one JSON object in each line", hint=_NO_ROWS_HINT, details={"file": name}
+        )
     decoder = msgspec.json.Decoder()
     records = [_json_record(line, decoder, name, row) for row, line in enumerate(lines, start=1)]
     names = list(dict.fromkeys(key.strip() for record in records for key in record))
@@ -287,7 +226,7 @@ def read_jsonl(path: Path, name: str, data: Data) -> pl.DataFrame:
         values = {key.strip(): value for key, value in record.items()}
         for column in names:
             columns[column].append(values.get(column))
-    return pl.DataFrame([_json_column(column, values) for column, values in columns.items()])
+    return Reading(pl.DataFrame([_json_column(column, values) for column, values in columns.items()]))
 
 
 def _json_record(line: str, decoder: msgspec.json.Decoder[Any], name: str, row: int) -> dict[str, Any]:
@@ -328,7 +267,7 @@ def _json_text(value: Any) -> str | None:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-READERS: dict[str, Callable[[Path, str, Data], pl.DataFrame]] = {
+READERS: dict[str, Callable[[Path, str, Data], Reading]] = {
     "csv": read_csv,
     "parquet": read_parquet,
     "jsonl": read_jsonl,

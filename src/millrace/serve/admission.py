@@ -71,9 +71,9 @@ class Admission:
         self.waiting_bytes += size_bytes
         return None
 
-    def release(self, size_bytes: int) -> None:
-        """Count an answered request out."""
-        self.waiting -= 1
+    def release(self, size_bytes: int, count: int = 1) -> None:
+        """Count answered requests out; `size_bytes` is the sum of their bodies."""
+        self.waiting -= count
         self.waiting_bytes -= size_bytes
 
     def _refusal(self, status: int, message: str) -> Refusal:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,36 +22,109 @@ YIELD_AFTER_S = 5e-3  # the loop gets its turn between inline batches after so l
 RUN_ERRORS = (MillraceError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
+Tensors = dict[str, np.ndarray]
+
+
 class Infer(Protocol):
     """Outputs by name for tensors by name."""
 
-    def __call__(self, tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]: ...
+    def __call__(self, tensors: Mapping[str, np.ndarray], /) -> Tensors: ...
+
+
+class Packing(Struct, frozen=True):
+    """A model's only input where it is float32 [rows, width]: jobs bring its bytes, a batch is the bytes joined.
+
+    Example:
+        >>> Packing(name="x", width=2, row_bytes=8).tensors(bytes(16))["x"].shape
+        (2, 2)
+    """
+
+    name: str
+    width: int
+    row_bytes: int
+
+    def tensors(self, data: bytes) -> Tensors:
+        """Whole rows of bytes as the tensor that they are."""
+        return {self.name: np.frombuffer(data, dtype=np.float32).reshape(-1, self.width)}
+
+
+class Outputs:
+    """What one call answered, shared by its jobs.
+
+    The other attributes are forms of all its rows, made when the first job wants one and cut for each.
+
+    Args:
+        tensors: Outputs by name; the first dimension is the row.
+    """
+
+    __slots__ = ("answers", "blob", "json", "tensors")
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
+        self.tensors = tensors
+        self.blob: bytes | None = None  # of the only output
+        self.json: list[bytes] | None = None  # each row of the only output
+        self.answers: list[Any] | None = None
 
 
 class Job:
-    """One request in the queue: its tensors, then its outputs or its error.
+    """One request in the queue: its rows, then its share of the outputs or its error.
 
     A transport derives its own, with what it needs to answer. `done` is called once on the event loop,
     never for a cancelled job.
 
     Args:
-        tensors: Inputs by name; the first dimension is the row.
+        tensors: Inputs by name; the first dimension is the row. None: `data` stands for them.
         size_bytes: Of the request, for the queue's bound.
+        packing: What `data` is.
+        data: Whole rows, at least one.
     """
 
-    __slots__ = ("enqueued_ns", "error", "is_cancelled", "is_done", "outputs", "rows", "size_bytes", "tensors")
+    __slots__ = (
+        "_tensors",
+        "data",
+        "enqueued_ns",
+        "error",
+        "is_cancelled",
+        "is_done",
+        "packing",
+        "rows",
+        "shared",
+        "size_bytes",
+        "start",
+    )
 
-    def __init__(self, tensors: dict[str, np.ndarray], size_bytes: int = 0) -> None:
-        self.tensors = tensors
+    def __init__(
+        self, tensors: Tensors | None, size_bytes: int = 0, packing: Packing | None = None, data: bytes | None = None
+    ) -> None:
+        self._tensors = tensors
         self.size_bytes = size_bytes
-        for values in tensors.values():
-            self.rows = len(values)
-            break
-        self.outputs: dict[str, np.ndarray] = {}
+        self.packing = packing
+        self.data = data
+        if packing is not None and data is not None:
+            self.rows = len(data) // packing.row_bytes
+        elif tensors:
+            self.rows = len(next(iter(tensors.values())))
+        self.shared: Outputs  # set by the call that succeeds, with
+        self.start: int  # its first row in them
         self.error: Exception | None = None
         self.is_cancelled = False
         self.is_done = False
         self.enqueued_ns = 0
+
+    @property
+    def tensors(self) -> Tensors:
+        """Inputs by name."""
+        if self._tensors is None:
+            assert self.packing is not None
+            assert self.data is not None
+            self._tensors = self.packing.tensors(self.data)
+        return self._tensors
+
+    @property
+    def outputs(self) -> Tensors:
+        """Outputs by name: its own rows; only when there is no error."""
+        end = self.start + self.rows
+        return {name: values[self.start : end] for name, values in self.shared.tensors.items()}
 
     def done(self) -> None:
         """`outputs` or `error` is set."""
@@ -130,6 +204,13 @@ def _quickest(infer: Infer, tensors: Mapping[str, np.ndarray], budget_s: float) 
     return quickest
 
 
+def _rows_within(cost: Cost, limit_s: float) -> int:
+    """The most rows whose call is predicted to take no longer; a row that is itself slower still runs."""
+    if cost.per_row_s <= 0:
+        return sys.maxsize
+    return max(1, int((limit_s - cost.base_s) / cost.per_row_s))
+
+
 class Batcher:
     """Collects jobs into batches and runs them, inline or on runner threads.
 
@@ -161,6 +242,7 @@ class Batcher:
         self.is_inline = cost.is_inline
         self.finish: Callable[[list[Job], list[Call]], None] = finish_jobs  # on the loop, after each batch
         self._infer = infer
+        self._inline_rows = _rows_within(cost, TICK_LIMIT_S) if self.is_inline else 0  # of a job that runs on the loop
         self._call_soon = call_soon
         self._call_from_thread = call_from_thread
         self._runners = runners
@@ -178,7 +260,7 @@ class Batcher:
     def submit(self, job: Job) -> None:
         """Queue a job; its `done` is called later, never from here."""
         job.enqueued_ns = time.perf_counter_ns()
-        if not self.is_inline or self.cost.predict_s(job.rows) > TICK_LIMIT_S:
+        if job.rows > self._inline_rows:
             self._hand_over(job)
             return
         self._queue.append(job)
@@ -198,7 +280,7 @@ class Batcher:
         self._is_scheduled = False
         start = time.perf_counter()
         queue = self._queue
-        limit = min(self.max_batch, self._tick_rows())
+        limit = min(self.max_batch, self._inline_rows)
         while queue:
             batch = _take(queue, limit)
             if batch:
@@ -207,12 +289,6 @@ class Batcher:
                 self._is_scheduled = True
                 self._call_soon(self._flush)
                 return
-
-    def _tick_rows(self) -> int:
-        """Rows whose call stays below the tick's limit; at least one."""
-        if self.cost.per_row_s <= 0:
-            return self.max_batch
-        return max(1, int((TICK_LIMIT_S - self.cost.base_s) / self.cost.per_row_s))
 
     # ------------------------------------------------------------------ threads
 
@@ -257,7 +333,7 @@ class Batcher:
             return [call for job in batch for call in self._execute([job])]
         return [Call(tensors, outputs, batch, start_ns, time.perf_counter_ns())]
 
-    def _run_slices(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run_slices(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
         rows = len(next(iter(tensors.values())))
         parts = [
             self._infer({name: values[start : start + self.max_batch] for name, values in tensors.items()})
@@ -266,24 +342,14 @@ class Batcher:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class Call:
+class Call(NamedTuple):
     """A call of the model that succeeded."""
 
-    __slots__ = ("end_ns", "jobs", "outputs", "start_ns", "tensors")
-
-    def __init__(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
-        jobs: Sequence[Job],
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
-        self.tensors = tensors
-        self.outputs = outputs
-        self.jobs = jobs
-        self.start_ns = start_ns
-        self.end_ns = end_ns
+    tensors: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    jobs: Sequence[Job]
+    start_ns: int
+    end_ns: int
 
 
 def _take(queue: deque[Job], limit: int) -> list[Job]:
@@ -301,10 +367,15 @@ def _take(queue: deque[Job], limit: int) -> list[Job]:
     return batch
 
 
-def _join(batch: list[Job]) -> dict[str, np.ndarray]:
+def _join(batch: list[Job]) -> Tensors:
+    first = batch[0]
     if len(batch) == 1:
-        return batch[0].tensors
-    return {name: np.concatenate([job.tensors[name] for job in batch]) for name in batch[0].tensors}
+        return first.tensors
+    if first.packing is not None:
+        parts = [job.data for job in batch if job.data is not None]
+        if len(parts) == len(batch):
+            return first.packing.tensors(b"".join(parts))
+    return {name: np.concatenate([job.tensors[name] for job in batch]) for name in first.tensors}
 
 
 def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:
@@ -313,25 +384,16 @@ def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:
     Raises:
         ValueError: An output has not one row per row of the input.
     """
-    rows = sum(job.rows for job in batch)
+    rows = sum([job.rows for job in batch])
     for name, values in outputs.items():
         if values.ndim == 0 or len(values) != rows:
             raise ValueError(f"output {name!r} has shape {list(values.shape)}: want {rows} rows")
-    if len(batch) == 1:
-        batch[0].outputs = dict(outputs)
-        return
+    shared = Outputs(outputs)
     start = 0
-    if len(outputs) == 1:
-        ((name, values),) = outputs.items()
-        for job in batch:
-            end = start + job.rows
-            job.outputs = {name: values[start:end]}
-            start = end
-        return
     for job in batch:
-        end = start + job.rows
-        job.outputs = {name: values[start:end] for name, values in outputs.items()}
-        start = end
+        job.shared = shared
+        job.start = start
+        start += job.rows
 
 
 def finish_jobs(batch: list[Job], calls: list[Call]) -> None:

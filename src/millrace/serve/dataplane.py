@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -84,16 +85,15 @@ class DataPlane:
     def _finish(self, batch: list[Job], calls: list[Call]) -> None:
         """The answers first, then the statistics."""
         now_ns = time.perf_counter_ns()
-        admission, metrics = self.admission, self.metrics
-        for job in batch:
-            if job.is_cancelled:
-                continue
+        metrics = self.metrics
+        jobs = [job for job in batch if not job.is_cancelled]
+        self.admission.release(sum([job.size_bytes for job in jobs]), len(jobs))
+        for job in jobs:
             job.is_done = True
-            admission.release(job.size_bytes)
-            if job.error is not None:
-                metrics.failures += 1
             job.done()
-        metrics.latency.extend([(now_ns - job.enqueued_ns) * 1e-9 for job in batch if job.is_done])
+        metrics.latency.extend([(now_ns - job.enqueued_ns) * 1e-9 for job in jobs])
+        if len(calls) != 1 or len(calls[0].jobs) != len(batch):  # what failed has no call
+            metrics.failures += sum([job.error is not None for job in jobs])
         for call in calls:
             queue_ns = sum([call.start_ns - job.enqueued_ns for job in call.jobs])
             rows = sum([job.rows for job in call.jobs])
@@ -126,7 +126,9 @@ class CheckedInfer:
         """
         for spec in self._specs:
             values = tensors[spec.name]
-            if not np.isfinite(values).all():
+            flat = values.reshape(-1)
+            # one product tells that all is finite; where squares overflow, the passes over the values decide
+            if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
                 check_finite(spec, values)
         return self._infer(tensors)
 

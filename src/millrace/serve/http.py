@@ -3,88 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from http import HTTPStatus
 from typing import cast
 
 import httptools
-import orjson
 
+from millrace.serve.exchange import Exchange
 from millrace.serve.service import Head, Service
 
-JSON_TYPE = b"application/json"
 _LINGER_S = 2.0
-_HEAD_END = b"\r\n\r\n"
-_NEVER_KNOWN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection"})
 _log = logging.getLogger(__name__)
 _SINGLE_HEADERS = frozenset({b"host", b"content-length", b"content-encoding", b"inference-header-content-length"})
-
-
-class Exchange:
-    """One request and the place of its answer: the handler calls `reply` once, now or later."""
-
-    __slots__ = (
-        "body",
-        "connection",
-        "headers",
-        "is_answered",
-        "keep_alive",
-        "method",
-        "on_abort",
-        "response",
-        "target",
-    )
-
-    def __init__(
-        self,
-        connection: Connection,
-        method: bytes,
-        target: bytes,
-        headers: dict[bytes, bytes],
-        body: bytes,
-        keep_alive: bool,
-    ) -> None:
-        self.connection = connection
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.body = body
-        self.keep_alive = keep_alive
-        self.response: bytes | None = None
-        self.on_abort: Callable[[], None] | None = None  # called when the client goes away first
-
-    def reply(self, status: int, body: bytes, content_type: bytes = JSON_TYPE, headers: bytes = b"") -> None:
-        """Answer; `headers` are whole lines, each with its CRLF."""
-        head = b"%sContent-Length: %d\r\n%s" % (_status_line(status, content_type), len(body), headers)
-        self.reply_raw(head, b"" if self.method == b"HEAD" else body)
-
-    def reply_json(self, status: int, value: object, headers: bytes = b"") -> None:
-        """Answer with a JSON document."""
-        self.reply(status, orjson.dumps(value), headers=headers)
-
-    def reply_error(self, status: int, message: str, headers: bytes = b"") -> None:
-        """Answer with the one shape of an error."""
-        self.reply_json(status, {"error": message}, headers)
-
-    def reply_raw(self, head: bytes, body: bytes) -> None:
-        """Answer with a rendered head (status line and headers, no empty line) and a body."""
-        connection = self.connection
-        service = connection.service
-        if self.keep_alive and not service.is_draining:
-            self.response = b"%s%s\r\n%s" % (head, service.date_line, body)
-        else:
-            self.keep_alive = False
-            self.response = b"%s%sConnection: close\r\n\r\n%s" % (head, service.date_line, body)
-        connection.send_answered()
-
-
-@functools.lru_cache(maxsize=64)
-def _status_line(status: int, content_type: bytes) -> bytes:
-    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\n" % (status, HTTPStatus(status).phrase.encode(), content_type)
 
 
 class _Refused(Exception):
@@ -107,7 +38,9 @@ class Connection(asyncio.Protocol):
         self.service = service
         self.transport: asyncio.Transport
         self._parser = httptools.HttpRequestParser(self)
-        self._queue: deque[Exchange] = deque()
+        self.queue: deque[Exchange] = deque()  # not answered, in the order of requests
+        self._head = Head(b"", b"", {}, service.handler)  # of the last request
+        self._max_pipelined = service.limits.max_pipelined
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._chunks: list[bytes] = []
@@ -137,10 +70,11 @@ class Connection(asyncio.Protocol):
         """The client is gone: what waits for it is told."""
         self.service.connections.discard(self)
         self._is_closing = True
-        for exchange in self._queue:
-            if exchange.response is None and exchange.on_abort is not None:
-                exchange.on_abort()
-        self._queue.clear()
+        for exchange in self.queue:
+            if exchange.waiting is not None:
+                exchange.waiting.abort()
+                exchange.waiting = None
+        self.queue.clear()
 
     def pause_writing(self) -> None:
         """The client reads too slowly: nothing more is read from it."""
@@ -151,6 +85,11 @@ class Connection(asyncio.Protocol):
         """The client has caught up."""
         self._is_write_paused = False
         self._update_reading()
+
+    @property
+    def head(self) -> Head:
+        """The head of the last request."""
+        return self._head
 
     def hold(self) -> None:
         """Read nothing from this client until `release`: a refusal is being held back."""
@@ -163,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._update_reading()
 
     def _update_reading(self) -> None:
-        pause = self._is_write_paused or self._holds > 0 or len(self._queue) >= self.service.limits.max_pipelined
+        pause = self._is_write_paused or self._holds > 0 or len(self.queue) >= self._max_pipelined
         if pause != self._is_read_paused and not self.transport.is_closing():
             self._is_read_paused = pause
             (self.transport.pause_reading if pause else self.transport.resume_reading)()
@@ -173,7 +112,7 @@ class Connection(asyncio.Protocol):
         if self._in_message and not self._is_closing:
             self._refuse(400, "the request ends in the middle")
         self._is_closing = True
-        return bool(self._queue)
+        return bool(self.queue)
 
     # ------------------------------------------------------------------ reading
 
@@ -181,8 +120,23 @@ class Connection(asyncio.Protocol):
         """Parse; complete requests go to the handler from within."""
         if self._is_closing:
             return
-        if not self._in_message and self._take_known(data):
-            return
+        if not self._in_message:
+            head = self._head
+            if len(data) != head.size_bytes or not data.startswith(head.raw):
+                head = self.service.known(data)
+            if head is not None:  # exactly one request whose head was parsed before: nothing to parse
+                self._head = head
+                exchange = Exchange(self, head, data, len(head.raw), True)
+                self.queue.append(exchange)
+                head.route(exchange)
+                if len(self.queue) >= self._max_pipelined:
+                    self._update_reading()
+                return
+        self._parse(data)
+        if len(self.queue) >= self._max_pipelined:
+            self._update_reading()
+
+    def _parse(self, data: bytes) -> None:
         self._begun = 0
         was_in_message = self._in_message
         was_in_head = was_in_message and self._in_head
@@ -198,9 +152,7 @@ class Connection(asyncio.Protocol):
         if self._in_message:
             self._note_unfinished(len(data), was_in_head)
         elif self._begun == 1 and not was_in_message and not self._is_closing:
-            self._remember(data)
-        if len(self._queue) >= self.service.limits.max_pipelined:
-            self._update_reading()
+            self.service.remember(data, self._head)
 
     def _note_unfinished(self, size_bytes: int, was_in_head: bool) -> None:
         """A message goes on: since when, and how much of a head the parser keeps inside."""
@@ -210,28 +162,6 @@ class Connection(asyncio.Protocol):
             self._head_bytes += size_bytes
             if self._head_bytes > self.service.limits.max_head_bytes:
                 self._refuse(431, self._head_too_large())
-
-    def _take_known(self, data: bytes) -> bool:
-        """Exactly one request whose head has been parsed before, byte for byte: nothing to parse."""
-        end = data.find(_HEAD_END) + 4
-        head = self.service.heads.get(data[:end])
-        if head is None or len(data) - end != head.length:
-            return False
-        exchange = Exchange(self, head.method, head.target, head.headers, data[end:], True)
-        self._queue.append(exchange)
-        self.service.handler(exchange)
-        if len(self._queue) >= self.service.limits.max_pipelined:
-            self._update_reading()
-        return True
-
-    def _remember(self, data: bytes) -> None:
-        """Keep the head of `data`, if that was one whole request with a plain body."""
-        end = data.find(_HEAD_END) + 4
-        headers = self._headers
-        length = int(headers.get(b"content-length", b"0"))
-        if len(data) - end == length and headers.keys().isdisjoint(_NEVER_KNOWN) and self._keep_alive:
-            head = Head(method=self._parser.get_method(), target=self._target, headers=headers, length=length)
-            self.service.remember(data[:end], head)
 
     def on_message_begin(self) -> None:
         """httptools: a request line begins."""
@@ -283,7 +213,7 @@ class Connection(asyncio.Protocol):
         length = headers.get(b"content-length")
         if length is not None and int(length) > self.service.limits.max_body_bytes:
             raise _Refused(413, self._too_large())
-        if headers.get(b"expect", b"").lower() == b"100-continue" and not self._queue:
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not self.queue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _head_too_large(self) -> str:
@@ -307,9 +237,10 @@ class Connection(asyncio.Protocol):
             return
         chunks = self._chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, body, self._keep_alive)
+        self._head = Head(self._parser.get_method(), self._target, self._headers, self.service.handler)
+        exchange = Exchange(self, self._head, body, 0, self._keep_alive)
         self._chunks = []
-        self._queue.append(exchange)
+        self.queue.append(exchange)
         if not self._keep_alive:
             self._is_closing = True
         self.service.handler(exchange)
@@ -319,17 +250,12 @@ class Connection(asyncio.Protocol):
     @property
     def is_busy(self) -> bool:
         """Whether a request has begun and is not answered."""
-        return bool(self._queue) or self._in_message
-
-    @property
-    def waiting(self) -> int:
-        """Requests of this connection that are not answered."""
-        return len(self._queue)
+        return bool(self.queue) or self._in_message
 
     def send_answered(self) -> None:
         """Write the answers whose turn it is."""
-        queue = self._queue
-        was_full = len(queue) >= self.service.limits.max_pipelined
+        queue = self.queue
+        was_full = len(queue) >= self._max_pipelined
         while queue and (response := queue[0].response) is not None:
             exchange = queue.popleft()
             self.transport.write(response)
@@ -346,7 +272,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         """The last answer is written: close, after the client had a chance to read it."""
-        self._queue.clear()
+        self.queue.clear()
         self._in_message = False
         self._is_closing = True
         if self.transport.is_closing():
@@ -363,8 +289,8 @@ class Connection(asyncio.Protocol):
 
     def _close_after_last(self) -> None:
         self._is_closing = True
-        if self._queue:
-            self._queue[-1].keep_alive = False
+        if self.queue:
+            self.queue[-1].keep_alive = False
         else:
             self._finish()
 
@@ -384,8 +310,8 @@ class Connection(asyncio.Protocol):
         self._in_message = False
         self._chunks = []
         self.service.refused(status)
-        exchange = Exchange(self, b"", b"", {}, b"", False)
-        self._queue.append(exchange)
+        exchange = Exchange(self, Head(b"", b"", {}, self.service.handler), b"", 0, False)
+        self.queue.append(exchange)
         exchange.reply_error(status, message)
 
     def abort(self) -> None:
@@ -396,7 +322,7 @@ class Connection(asyncio.Protocol):
         """Close or refuse what has taken too long."""
         limits = self.service.limits
         if self._is_closing:
-            if not self._queue and now_s - self._idle_since_s > _LINGER_S:
+            if not self.queue and now_s - self._idle_since_s > _LINGER_S:
                 self.transport.abort()
         elif self._in_message and self._began_s:
             took_s = now_s - self._began_s
@@ -404,7 +330,7 @@ class Connection(asyncio.Protocol):
                 self._refuse(408, f"want the request's head within {limits.head_timeout_s:g} s")
             elif took_s > limits.body_timeout_s:
                 self._refuse(408, f"want the whole request within {limits.body_timeout_s:g} s")
-        elif not self._queue:
+        elif not self.queue:
             limit_s = 0.5 if self.service.is_draining else limits.idle_timeout_s
             if now_s - self._idle_since_s > limit_s:
                 self.transport.close()

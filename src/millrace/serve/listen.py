@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from millrace.core.addresses import loopback_address
 from millrace.core.errors import InputError, UnavailableError
 
 _LISTEN_STATE = "0A"
 BACKLOG = 1024
-
-
-def check_loopback(host: str) -> str:
-    """The address to bind for a host.
-
-    Raises:
-        InputError: It is not a loopback address.
-
-    Example:
-        >>> check_loopback("localhost")
-        '127.0.0.1'
-        >>> check_loopback("0.0.0.0")
-        Traceback (most recent call last):
-        millrace.core.errors.InputError: the server binds loopback addresses only, got host '0.0.0.0'
-    """
-    name = host.strip("[]")
-    if name == "localhost":
-        return "127.0.0.1"
-    try:
-        is_loopback = ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        is_loopback = False  # a name: resolving it could give any address
-    if is_loopback:
-        return name
-    raise InputError(
-        f"the server binds loopback addresses only, got host {host!r}",
-        hint="authentication comes later; until then use 127.0.0.1 (ssh -L, or a proxy of yours, reaches it)",
-    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -54,7 +26,7 @@ def bind(host: str, port: int) -> socket.socket:
         InputError: The host is not loopback, or the port may not be used.
         UnavailableError: The port is busy; names who holds it where /proc tells.
     """
-    address = check_loopback(host)
+    address = loopback_address(host)
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,7 +14,7 @@ import orjson
 from millrace.core.errors import InputError
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
-from millrace.serve.metrics import Metrics
+from millrace.serve.batching import Job, Packing
 from millrace.serve.tensors import (
     DATATYPES,
     as_object,
@@ -29,16 +29,37 @@ from millrace.serve.tensors import (
 )
 
 
+class Wanted(Struct, frozen=True, kw_only=True):
+    """How an answer is wanted. `outputs`: name → binary; None: all of them, each as `binary` says."""
+
+    id: str = ""
+    outputs: dict[str, bool] | None = None
+    binary: bool = False
+
+
 class InferRequest:
-    """A decoded request: tensors that fit the signature, and how its answer is wanted."""
+    """A decoded request: tensors that fit the signature, and how its answer is wanted.
 
-    __slots__ = ("binary", "id", "outputs", "tensors")
+    Args:
+        tensors: By name; None: `data` stands for them, whole rows of the codec's `packing`.
+        wanted: The answer.
+        data: See `tensors`.
+        repeats: The JSON, when all requests of this size that begin with it differ in `data` alone.
+    """
 
-    def __init__(self, tensors: dict[str, np.ndarray], id: str, outputs: dict[str, bool] | None, binary: bool) -> None:
+    __slots__ = ("data", "repeats", "tensors", "wanted")
+
+    def __init__(
+        self,
+        tensors: dict[str, np.ndarray] | None,
+        wanted: Wanted,
+        data: bytes | None = None,
+        repeats: bytes = b"",
+    ) -> None:
         self.tensors = tensors
-        self.id = id
-        self.outputs = outputs  # name → binary; None: all, each as `binary` says
-        self.binary = binary
+        self.wanted = wanted
+        self.data = data
+        self.repeats = repeats
 
 
 class _InputParameters(Struct, frozen=True, kw_only=True):
@@ -66,17 +87,8 @@ class _FloatRequest(Struct, frozen=True, kw_only=True):
     parameters: _RequestParameters | None = None
 
 
-class _KnownHead(Struct, frozen=True, kw_only=True):
-    """The JSON of a binary request, decoded and found right: clients repeat it byte for byte."""
-
-    name: str
-    shape: list[int]
-    size_bytes: int
-    outputs: dict[str, bool] | None
-    binary: bool
-
-
 _KNOWN_HEADS, _KNOWN_BYTES = 1024, 1024
+JSON, BINARY = Wanted(), Wanted(binary=True)  # all outputs, no id: what most requests want
 _decode_floats = msgspec.json.Decoder(_FloatRequest).decode
 
 
@@ -94,15 +106,11 @@ class Codec:
         self.version = version
         self.inputs = {spec.name: spec for spec in signature.inputs}
         self.outputs = {spec.name: spec for spec in signature.outputs}
-        self._all_binary = dict.fromkeys(self.outputs, True)
         self._all_json = dict.fromkeys(self.outputs, False)
+        self._all_binary = dict.fromkeys(self.outputs, True)
         self._prefix = orjson.dumps({"model_name": name, "model_version": version})[:-1]
-        self._binary_heads: dict[int, bytes] = {}
-        self._known_heads: dict[bytes, _KnownHead] = {}
-        only = signature.inputs[0] if len(signature.inputs) == 1 else None
-        is_plain = only is not None and only.dtype == "float32" and len(only.shape) == 2 and only.shape[1] > 0
-        self._plain = only if is_plain else None  # one tensor of numbers: what a quick path is worth for
-        self._has_static_heads = all(spec.dtype != "string" and -1 not in spec.shape[1:] for spec in signature.outputs)
+        self.known: dict[tuple[bytes, int], Wanted] = {}  # JSON of binary requests, found right with so many bytes
+        self.packing = packing_of(signature)
 
     # ------------------------------------------------------------------ requests
 
@@ -127,14 +135,16 @@ class Codec:
             raise InputError(
                 f"Inference-Header-Content-Length: want 0 to {len(body)}, the length of the body, got {header_length}"
             )
-        known = self._known_heads.get(head)
-        if known is not None and known.size_bytes == len(rest):
-            values = np.frombuffer(rest, dtype=np.float32).reshape(known.shape)
-            return InferRequest({known.name: values}, "", known.outputs, known.binary)
-        request = self._decode_plain(head, rest) if self._plain is not None else None
-        return request or self._decode_any(head, rest)
+        if self.packing is not None:
+            wanted = self.known.get((head, len(rest))) if rest else None
+            if wanted is not None:
+                return InferRequest(None, wanted, rest, head)
+            request = self._decode_plain(self.packing, head, rest)
+            if request is not None:
+                return request
+        return self._decode_any(head, rest)
 
-    def _decode_plain(self, head: bytes, rest: bytes) -> InferRequest | None:
+    def _decode_plain(self, packing: Packing, head: bytes, rest: bytes) -> InferRequest | None:
         """One float32 tensor that is right in every respect; None for everything else."""
         try:
             request = _decode_floats(head)
@@ -142,34 +152,25 @@ class Codec:
             return None
         if len(request.inputs) != 1:
             return None
-        spec, value = self._plain, request.inputs[0]
-        shape, parameters = value.shape, value.parameters
-        assert spec is not None
-        if value.name != spec.name or value.datatype != "FP32" or len(shape) != 2 or shape[1] != spec.shape[1]:
+        value = request.inputs[0]
+        shape = value.shape
+        if value.name != packing.name or value.datatype != "FP32" or len(shape) != 2 or shape[1] != packing.width:
             return None
-        count = shape[0] * shape[1]
-        if parameters is None:
-            if value.data is msgspec.UNSET or count <= 0 or len(value.data) != count or rest:
-                return None
-            tensor = pack_floats(value.data)
-            if tensor is None:
-                return None
-        else:
-            if (
-                value.data is not msgspec.UNSET
-                or count <= 0
-                or not len(rest) == 4 * count == parameters.binary_data_size
-            ):
-                return None
-            tensor = np.frombuffer(rest, dtype=np.float32)
+        data = _data_of(value, shape[0] * shape[1], rest)
+        if data is None:
+            return None
         binary = request.parameters is not None and request.parameters.binary_data_output
-        outputs = self._wanted(request.outputs, binary) if request.outputs else None
-        if rest and not request.id and len(head) <= _KNOWN_BYTES:
-            if len(self._known_heads) >= _KNOWN_HEADS:
-                self._known_heads.clear()
-            known = _KnownHead(name=spec.name, shape=shape, size_bytes=len(rest), outputs=outputs, binary=binary)
-            self._known_heads[head] = known
-        return InferRequest({spec.name: tensor.reshape(shape)}, request.id, outputs, binary)
+        if request.outputs or request.id:
+            outputs = self._wanted(request.outputs, binary) if request.outputs else None
+            wanted = Wanted(id=request.id, outputs=outputs, binary=binary)
+        else:
+            wanted = BINARY if binary else JSON
+        if not rest or request.id or len(head) > _KNOWN_BYTES:
+            return InferRequest(None, wanted, data)
+        if len(self.known) >= _KNOWN_HEADS:
+            self.known.clear()
+        self.known[head, len(rest)] = wanted
+        return InferRequest(None, wanted, data, head)
 
     def _raw(self, body: bytes) -> InferRequest:
         if len(self.inputs) != 1:
@@ -180,7 +181,7 @@ class Codec:
             raise InputError(f"input {spec.name!r}: want a multiple of {row_bytes} bytes, got {len(body)}")
         shape = [len(body) // row_bytes, *spec.shape[1:]]
         tensor, _ = read_binary(spec, shape, {"binary_data_size": len(body)}, body, 0)
-        return InferRequest({spec.name: tensor}, "", None, True)
+        return InferRequest({spec.name: tensor}, BINARY)
 
     def _decode_any(self, head: bytes, rest: bytes) -> InferRequest:
         """Every form that the protocol allows, and every error named."""
@@ -212,8 +213,8 @@ class Codec:
             else:
                 tensors[spec.name] = from_json(spec, value["shape"], value.get("data"))
         self._check_complete(tensors, rest, offset)
-        outputs = request.get("outputs")
-        return InferRequest(tensors, id, self._wanted(outputs, binary) if outputs else None, binary)
+        outputs = self._wanted(request["outputs"], binary) if request.get("outputs") else None
+        return InferRequest(tensors, Wanted(id=id, outputs=outputs, binary=binary))
 
     def _input_spec(self, name: str, seen: Mapping[str, Any]) -> TensorSpec:
         spec = self.inputs.get(name)
@@ -252,152 +253,51 @@ class Codec:
 
     # ------------------------------------------------------------------ answers
 
-    def encode(self, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, list[bytes]]:
-        """An answer's JSON and its binary tensors in order (empty: a plain JSON body)."""
-        wanted = request.outputs
-        if wanted is None:
-            if request.binary:
-                return self._all_as_binary(request.id, outputs)
-            wanted = self._all_json
+    def encode(self, wanted: Wanted, job: Job) -> tuple[bytes, bytes]:
+        """An answer's JSON and its binary tensors, one after the other (empty: a plain JSON body)."""
         blobs: list[bytes] = []
         parts: list[bytes] = []
-        for name, is_binary in wanted.items():
-            values = outputs[name]
-            described = self._described(name, values.shape)
+        outputs = wanted.outputs or (self._all_binary if wanted.binary else self._all_json)
+        given = job.outputs
+        for name, is_binary in outputs.items():
+            values = given[name]
+            described = _description(name, DATATYPES[self.outputs[name].dtype], values.shape)
             if is_binary:
                 blob = to_bytes(values)
                 blobs.append(blob)
                 parts.append(b'%s,"parameters":{"binary_data_size":%d}}' % (described, len(blob)))
             else:
                 parts.append(b'%s,"data":%s}' % (described, to_json(values)))
-        return b'%s%s,"outputs":[%s]}' % (self._prefix, _id_field(request.id), b",".join(parts)), blobs
+        id = b',"id":%s' % orjson.dumps(wanted.id) if wanted.id else b""
+        return b'%s%s,"outputs":[%s]}' % (self._prefix, id, b",".join(parts)), b"".join(blobs)
 
-    def _all_as_binary(self, id: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, list[bytes]]:
-        blobs = [to_bytes(outputs[name]) for name in self.outputs]
-        rows = len(next(iter(outputs.values())))
-        if id or not self._has_static_heads:
-            return self._binary_head(id, outputs, blobs), blobs
-        head = self._binary_heads.get(rows)
-        if head is None:
-            head = self._binary_head(id, outputs, blobs)
-            if len(self._binary_heads) < 1024:
-                self._binary_heads[rows] = head  # the same for every request of so many rows
-        return head, blobs
+    def opening(self, name: str, shape: tuple[int, ...]) -> bytes:
+        """An answer with that one output and no id, up to its numbers."""
+        described = _description(name, DATATYPES[self.outputs[name].dtype], shape)
+        return b'%s,"outputs":[%s,"data":[' % (self._prefix, described)
 
-    def _binary_head(self, id: str, outputs: Mapping[str, np.ndarray], blobs: list[bytes]) -> bytes:
-        parts = [
-            b'%s,"parameters":{"binary_data_size":%d}}' % (self._described(name, outputs[name].shape), len(blob))
-            for name, blob in zip(self.outputs, blobs, strict=True)
-        ]
-        return b'%s%s,"outputs":[%s]}' % (self._prefix, _id_field(id), b",".join(parts))
 
-    def _described(self, name: str, shape: tuple[int, ...]) -> bytes:
-        spec = self.outputs[name]
-        return _description(name, DATATYPES[spec.dtype], shape)
+def packing_of(signature: Signature) -> Packing | None:
+    """The form of inputs that are one float32 tensor [rows, width]; None for others."""
+    only = signature.inputs[0] if len(signature.inputs) == 1 else None
+    if only is None or only.dtype != "float32" or len(only.shape) != 2 or only.shape[1] < 1:
+        return None
+    return Packing(name=only.name, width=only.shape[1], row_bytes=4 * only.shape[1])
+
+
+def _data_of(value: _FloatInput, count: int, rest: bytes) -> bytes | None:
+    """A tensor's bytes; None unless it has exactly `count` numbers, here or after the JSON."""
+    if count <= 0:
+        return None
+    if value.parameters is None:
+        if value.data is msgspec.UNSET or len(value.data) != count or rest:
+            return None
+        return pack_floats(value.data)
+    if value.data is not msgspec.UNSET or not len(rest) == 4 * count == value.parameters.binary_data_size:
+        return None
+    return rest
 
 
 @functools.lru_cache(maxsize=4096)
 def _description(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
     return orjson.dumps({"name": name, "datatype": datatype, "shape": list(shape)})[:-1]
-
-
-def _id_field(id: str) -> bytes:
-    return b',"id":%s' % orjson.dumps(id) if id else b""
-
-
-# ---------------------------------------------------------------------- documents
-
-
-def server_metadata(version: str) -> dict[str, Any]:
-    """`GET /v2`."""
-    extensions = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
-    return {"name": "millrace", "version": version, "extensions": extensions}
-
-
-def model_metadata(name: str, version: str, signature: Signature) -> dict[str, Any]:
-    """`GET /v2/models/{name}`.
-
-    Example:
-        >>> value = TensorSpec(name="value", dtype="float32", shape=[-1, 1])
-        >>> model = Signature(task="regression", inputs=[], outputs=[value], label="y")
-        >>> model_metadata("m", "1", model)["outputs"]
-        [{'name': 'value', 'datatype': 'FP32', 'shape': [-1, 1]}]
-    """
-
-    def described(specs: list[TensorSpec]) -> list[dict[str, Any]]:
-        return [{"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": spec.shape} for spec in specs]
-
-    return {
-        "name": name,
-        "versions": [version],
-        "platform": "onnxruntime_onnx",
-        "inputs": described(signature.inputs),
-        "outputs": described(signature.outputs),
-    }
-
-
-def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, Any]:
-    """`GET /v2/models/{name}/config`, Triton's model configuration; dims are without the rows."""
-
-    def described(specs: list[TensorSpec]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": spec.name,
-                "data_type": "TYPE_" + {"string": "STRING"}.get(spec.dtype, DATATYPES[spec.dtype]),
-                "dims": spec.shape[1:] or [1],
-            }
-            for spec in specs
-        ]
-
-    return {
-        "name": name,
-        "platform": "onnxruntime_onnx",
-        "backend": "onnxruntime",
-        "max_batch_size": max_batch,
-        "input": described(signature.inputs),
-        "output": described(signature.outputs),
-        "dynamic_batching": {"max_queue_delay_microseconds": 0},
-    }
-
-
-def statistics(name: str, version: str, metrics: Metrics) -> dict[str, Any]:
-    """`GET /v2/models/{name}/stats`, in Triton's form; times in nanoseconds.
-
-    Example:
-        >>> statistics("m", "1", Metrics())["model_stats"][0]["inference_count"]
-        0
-    """
-    answered = metrics.latency.total - metrics.failures
-
-    def duration(count: int, ns: int) -> dict[str, int]:
-        return {"count": count, "ns": ns}
-
-    nothing = duration(0, 0)
-    batches = [
-        {
-            "batch_size": rows,
-            "compute_input": nothing,
-            "compute_infer": duration(calls, metrics.batch_ns[rows]),
-            "compute_output": nothing,
-        }
-        for rows, calls in sorted(metrics.batches.items())
-    ]
-    model = {
-        "name": name,
-        "version": version,
-        "last_inference": metrics.last_inference_ms,
-        "inference_count": metrics.rows,
-        "execution_count": metrics.calls,
-        "inference_stats": {
-            "success": duration(answered, int(metrics.latency.sum * 1e9)),
-            "fail": duration(metrics.failures, 0),
-            "queue": duration(answered, metrics.queue_ns),
-            "compute_input": nothing,
-            "compute_infer": duration(metrics.calls, metrics.model_ns),
-            "compute_output": nothing,
-            "cache_hit": nothing,
-            "cache_miss": nothing,
-        },
-        "batch_stats": batches,
-    }
-    return {"model_stats": [model]}

@@ -73,14 +73,9 @@ class ServerProcess:
         """
         timer = threading.Timer(timeout_s, self.kill)
         timer.start()
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            try:
-                self._process.stdin.write(self._config)
-                self._process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died: what it printed, or its exit code, says why
+            is_read = self._hand_over()
             line = self._process.stdout.readline()
         finally:
             is_late = not timer.is_alive()
@@ -89,13 +84,24 @@ class ServerProcess:
             code = self.wait()
             if is_late:
                 raise UnavailableError(f"the server was not ready within {timeout_s:g} s")
-            raise StageError(f"the server ended with code {code} before it was ready", hint="its log is above")
+            when = "before it was ready" if is_read else "before it had read its configuration"
+            raise StageError(f"the server ended with code {code} {when}", hint="its log is above")
         message = msgspec.json.decode(line)
         if not message.get("ready"):
             self.wait()
             raise from_dict(message["error"])
         self.port = message["port"]
         return self.port
+
+    def _hand_over(self) -> bool:
+        """Whether the child took its configuration; one that has died says why by its output or exit code."""
+        assert self._process.stdin is not None
+        try:
+            with self._process.stdin as stdin:
+                stdin.write(self._config)
+        except BrokenPipeError:
+            return False
+        return True
 
     def stop(self, timeout_s: float = 15.0) -> int:
         """SIGTERM, wait for the drain and the last telemetry; SIGKILL after the time. The exit code."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -98,37 +99,69 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
     listener = bind(config.host, config.port)
 
     async def serve() -> int:
-        return await _Server(config, runtime, signature, telemetry_fd).run(listener)
+        plane = build_plane(config, runtime, signature, asyncio.get_running_loop())
+        routes = Routes(plane, version_of(DISTRIBUTION), config.limits.max_body_bytes)
+        service = Service(routes.handle, config.limits, frozenset(config.allowed_hosts))
+        service.refused = routes.count_refused
+        routes.service = service
+        serving = Serving(
+            service, drain_s=config.drain_s, telemetry_interval_s=config.telemetry_interval_s,
+            parent_pid=config.parent_pid,
+        )  # fmt: skip
+        serving.planes[config.name] = plane
+        if telemetry_fd is not None:
+            serving.pumps[config.name] = TelemetryPump(plane, TelemetryWriter(telemetry_fd))
+        return await serving.run(listener)
 
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runtime.is_ready:
             runtime.load()
+        gc.freeze()  # what start-up made stays: not to be looked through again and again
         return runner.run(serve())
 
 
-class _Server:
-    """Everything of one run; made inside the running loop."""
+def build_plane(
+    config: ServerConfig, runtime: Runtime, signature: Signature, loop: asyncio.AbstractEventLoop
+) -> DataPlane:
+    """The data plane of a loaded runtime, calibrated; from any thread.
 
-    def __init__(self, config: ServerConfig, runtime: Runtime, signature: Signature, telemetry_fd: int | None) -> None:
-        loop = asyncio.get_running_loop()
-        self.config = config
+    Args:
+        config: Name, version, batch and queue of the model.
+        runtime: Loaded.
+        signature: What it reads and answers.
+        loop: Where requests are answered.
+    """
+    infer = CheckedInfer(runtime, signature)
+    mixes = isinstance(runtime, SupportsMixing) and runtime.mixes_rows
+    max_batch = 1 if mixes else config.max_batch
+    golden = runtime.sample() if isinstance(runtime, SupportsSamples) else None
+    cost = calibrate(infer, sample_of(signature, golden), max_batch)
+    admission = Admission(config.queue, hold_s=config.hold_s)
+    admission.seconds_per_request = cost.predict_s(max_batch) / max_batch
+    batcher = Batcher(infer, cost, max_batch, loop.call_soon, loop.call_soon_threadsafe, config.runners)
+    collector = None if config.reference is None else Collector(layout_from_reference(config.reference))
+    info = ModelInfo(name=config.name, version=config.version, variant=config.variant)
+    return DataPlane(info, runtime, signature, admission, batcher, collector)
+
+
+class Serving:
+    """Accepts, ticks and drains over any number of data planes; made inside the running loop.
+
+    Args:
+        service: What the connections share.
+        drain_s: How long requests in flight may take once told to stop.
+        telemetry_interval_s: How often pumps send.
+        parent_pid: Stop when that process is no longer the parent.
+    """
+
+    def __init__(
+        self, service: Service, *, drain_s: float, telemetry_interval_s: float, parent_pid: int | None
+    ) -> None:
+        self.service = service
         self.stop = asyncio.Event()
-        infer = CheckedInfer(runtime, signature)
-        mixes = isinstance(runtime, SupportsMixing) and runtime.mixes_rows
-        max_batch = 1 if mixes else config.max_batch
-        golden = runtime.sample() if isinstance(runtime, SupportsSamples) else None
-        cost = calibrate(infer, sample_of(signature, golden), max_batch)
-        admission = Admission(config.queue, hold_s=config.hold_s)
-        admission.seconds_per_request = cost.predict_s(max_batch) / max_batch
-        batcher = Batcher(infer, cost, max_batch, loop.call_soon, loop.call_soon_threadsafe, config.runners)
-        self.collector = None if config.reference is None else Collector(layout_from_reference(config.reference))
-        info = ModelInfo(name=config.name, version=config.version, variant=config.variant)
-        self.plane = DataPlane(info, runtime, signature, admission, batcher, self.collector)
-        routes = Routes(self.plane, version_of(DISTRIBUTION), config.limits.max_body_bytes)
-        self.service = Service(routes.handle, config.limits, frozenset(config.allowed_hosts))
-        self.service.refused = routes.count_refused
-        routes.service = self.service
-        self.pump = None if telemetry_fd is None else TelemetryPump(self.plane, TelemetryWriter(telemetry_fd))
+        self.planes: dict[str, DataPlane] = {}
+        self.pumps: dict[str, TelemetryPump] = {}
+        self._drain_s, self._telemetry_interval_s, self._parent_pid = drain_s, telemetry_interval_s, parent_pid
 
     async def run(self, listener: socket.socket) -> int:
         """Serve until told to stop."""
@@ -140,15 +173,19 @@ class _Server:
         print(json.dumps({"ready": True, "port": spare.getsockname()[1]}), flush=True)
         ticker = asyncio.create_task(self._tick())
         await self.stop.wait()
-        self.plane.admission.is_draining = self.service.is_draining = True
+        self.service.is_draining = True
+        for plane in self.planes.values():
+            plane.admission.is_draining = True
         await self._accept_rest(server, spare)
         is_clean = await self._finish_in_flight()
         ticker.cancel()
-        self.plane.batcher.close(wait_s=5.0 if is_clean else 0.0)
+        for plane in self.planes.values():
+            plane.batcher.close(wait_s=5.0 if is_clean else 0.0)
         self.service.abort()
-        if self.pump is not None:
-            self.pump.finish()
-        self.plane.runtime.unload()
+        for pump in self.pumps.values():
+            pump.finish()
+        for plane in self.planes.values():
+            plane.runtime.unload()
         return 0 if is_clean else 1
 
     async def _accept_rest(self, server: asyncio.AbstractServer, spare: socket.socket) -> None:
@@ -166,30 +203,27 @@ class _Server:
 
     async def _finish_in_flight(self) -> bool:
         """Wait for the answers; False when the time is up first."""
-        deadline = time.monotonic() + self.config.drain_s
+        deadline = time.monotonic() + self._drain_s
         while self.service.connections and time.monotonic() < deadline:
             self.service.sweep()
             await asyncio.sleep(0.01)
         lost = self.service.in_flight
         if lost:
-            _log.error("%d requests were not answered within %g s of draining", lost, self.config.drain_s)
+            _log.error("%d requests were not answered within %g s of draining", lost, self._drain_s)
         return not lost
 
     async def _tick(self) -> None:
         """Time-outs, telemetry, and whether the parent still lives."""
-        config = self.config
-        interval_s = self.service.sweep_interval_s()
+        interval_s = min(self.service.sweep_interval_s(), self._telemetry_interval_s)
         next_telemetry_s = 0.0
-        if self.pump is not None:
-            interval_s = min(interval_s, config.telemetry_interval_s)
         while True:
             await asyncio.sleep(interval_s)
             self.service.sweep()
-            if config.parent_pid is not None and os.getppid() != config.parent_pid:
+            if self._parent_pid is not None and os.getppid() != self._parent_pid:
                 self.stop.set()
-            if self.pump is not None and self.service.now_s >= next_telemetry_s:
-                next_telemetry_s = self.service.now_s + config.telemetry_interval_s * 0.9
-                if not self.pump.send():
+            if self.service.now_s >= next_telemetry_s:
+                next_telemetry_s = self.service.now_s + self._telemetry_interval_s * 0.9
+                if not all([pump.send() for pump in self.pumps.values()]):
                     self.stop.set()
 
 
@@ -198,7 +232,7 @@ class TelemetryPump:
 
     Args:
         plane: Whose counters and histograms.
-        writer: Where to.
+        writer: Where to; several pumps may share it.
     """
 
     def __init__(self, plane: DataPlane, writer: TelemetryWriter) -> None:
@@ -223,6 +257,7 @@ class TelemetryPump:
         taken = self._plane.collector.take() if self._plane.collector is not None else None
         rows = taken.rows if taken is not None else 0
         frame = TelemetryFrame(
+            endpoint=self._plane.info.name,
             rows=rows,
             histograms=taken.to_dict() if taken is not None and rows else None,
             counters=difference(counters, self._sent),

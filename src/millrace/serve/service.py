@@ -11,6 +11,8 @@ from millrace.core.types import Struct
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _MAX_HEADS, _MAX_HEAD_BYTES = 1024, 2048
+_HEAD_END = b"\r\n\r\n"
+_NEVER_KNOWN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection"})
 
 
 class HttpLimits(Struct, frozen=True, kw_only=True):
@@ -27,13 +29,23 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     max_pipelined: int = 64
 
 
-class Head(Struct, frozen=True, kw_only=True):
-    """A parsed request head. `length` is that of the body; the connection is kept."""
+class Head:
+    """A parsed request head, kept because clients repeat it byte for byte.
 
-    method: bytes
-    target: bytes
-    headers: dict[bytes, bytes]
-    length: int
+    `raw` are its bytes and `size_bytes` those of head and body together; both are unset (-1) until it
+    turns out that it may be kept. `route` answers its requests: at first the service's handler, which may
+    put what it has learned in its own place.
+    """
+
+    __slots__ = ("headers", "method", "raw", "route", "size_bytes", "target")
+
+    def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], route: Callable[[Any], None]) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.route = route
+        self.raw = b""
+        self.size_bytes = -1
 
 
 class Member(Protocol):
@@ -42,6 +54,11 @@ class Member(Protocol):
     @property
     def is_busy(self) -> bool:
         """Whether a request has begun and is not answered."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """The head of its last request."""
         ...
 
     def check_time(self, now_s: float) -> None:
@@ -101,12 +118,27 @@ class Service:
                 self._known_hosts[host] = known
         return known
 
-    def remember(self, head: bytes, parsed: Head) -> None:
-        """Keep a head, so that the same bytes need not be parsed again: clients repeat themselves."""
+    def known(self, data: bytes) -> Head | None:
+        """The head of exactly one whole request whose head was parsed and allowed before, byte for byte."""
+        head = self.heads.get(data[: data.find(_HEAD_END) + len(_HEAD_END)])
+        return head if head is not None and head.size_bytes == len(data) else None
+
+    def remember(self, data: bytes, head: Head) -> None:
+        """Keep the head of `data`, one whole request, so that the same bytes need not be parsed again."""
+        raw = data[: data.find(_HEAD_END) + len(_HEAD_END)]
+        length = int(head.headers.get(b"content-length", b"0"))
+        if len(raw) > _MAX_HEAD_BYTES or len(data) != len(raw) + length or not _NEVER_KNOWN.isdisjoint(head.headers):
+            return
         if len(self.heads) >= _MAX_HEADS:
             self.heads.clear()
-        if len(head) <= _MAX_HEAD_BYTES:
-            self.heads[head] = parsed
+        head.raw, head.size_bytes = raw, len(data)
+        self.heads[raw] = head
+
+    def forget_heads(self) -> None:
+        """Route every request anew: what served a known head may be served by another model now."""
+        for head in (*self.heads.values(), *(connection.head for connection in self.connections)):
+            head.route = self.handler
+        self.heads.clear()
 
     def sweep(self) -> None:
         """Close what takes too long; to be called several times per time-out."""

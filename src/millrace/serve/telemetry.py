@@ -15,10 +15,11 @@ import numpy as np
 from millrace.core.errors import CorruptError
 from millrace.core.types import Struct
 from millrace.stats.histogram import Histograms, Layout
+from millrace.stats.tally import LayoutTally
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 64 << 20
-BUFFER_ROWS = 2048  # counted at once: 1.2 us a row, against 600 us for one row by itself
+BUFFER_ROWS = 1024  # counted at once: 0.3 us a row, against 40 us for one row by itself
 BUFFER_BYTES = 4 << 20
 _FLUSH_LIMIT_S = 2.0
 
@@ -29,6 +30,7 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     `histograms` is `Histograms.to_dict()`; None when no row was answered. `counters` are differences.
     """
 
+    endpoint: str = ""
     rows: int = 0
     histograms: dict[str, Any] | None = None
     counters: dict[str, float] = {}
@@ -44,8 +46,7 @@ class Collector:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._histograms = Histograms(layout)
+        self._tally = LayoutTally(layout)
         self._tensors: list[Mapping[str, np.ndarray]] = []
         self._outputs: list[Mapping[str, np.ndarray]] = []
         self._buffered = 0
@@ -62,14 +63,13 @@ class Collector:
 
     def _fold(self) -> None:
         if self._buffered:
-            self._histograms.add(_joined(self._tensors), _joined(self._outputs))
+            self._tally.add(_joined(self._tensors), _joined(self._outputs))
             self._tensors, self._outputs, self._buffered, self._buffered_bytes = [], [], 0, 0
 
     def take(self) -> Histograms:
         """The histograms since the last `take`; counting starts anew."""
         self._fold()
-        taken, self._histograms = self._histograms, Histograms(self._layout)
-        return taken
+        return self._tally.take()
 
 
 def _joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

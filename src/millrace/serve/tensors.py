@@ -65,14 +65,19 @@ def _float_packer(size: int) -> struct.Struct:
     return struct.Struct(f"={size}f")
 
 
-def pack_floats(values: list[float]) -> np.ndarray | None:
-    """Numbers as float32 [n]; None when one of them is too large for that."""
+def pack_floats(values: list[float]) -> bytes | None:
+    """Numbers as the bytes of float32; None when one of them is too large for that.
+
+    Example:
+        >>> pack_floats([1.0, 1e39]) is None
+        True
+    """
     if len(values) > _PACK_UP_TO:
         with np.errstate(over="ignore"):
             packed = np.array(values, dtype=np.float32)
-        return None if np.isinf(packed).any() else packed
+        return None if np.isinf(packed).any() else packed.tobytes()
     try:
-        return np.frombuffer(_float_packer(len(values)).pack(*values), dtype=np.float32)
+        return _float_packer(len(values)).pack(*values)
     except OverflowError:
         return None
 
@@ -196,6 +201,18 @@ def to_json(values: np.ndarray) -> bytes:
     """A tensor's flat JSON list; what is not finite becomes null."""
     flat = values.reshape(-1)
     return orjson.dumps(flat.tolist() if values.dtype == object else np.ascontiguousarray(flat), option=_NUMPY)
+
+
+def rows_to_json(values: np.ndarray) -> list[bytes]:
+    """The flat JSON of each row without its brackets, all in one go; none where there are deeper rows.
+
+    Example:
+        >>> rows_to_json(np.array([[1, 2], [3, 4]]))
+        [b'1,2', b'3,4']
+    """
+    if values.ndim != 2 or not values.size:
+        return []
+    return orjson.dumps(np.ascontiguousarray(values), option=_NUMPY)[2:-2].split(b"],[")
 
 
 def as_object(value: Any, place: str) -> dict[str, Any]:

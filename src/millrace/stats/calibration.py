@@ -4,11 +4,15 @@ Nothing is assumed of how a feature is distributed. Both effect sizes are functi
 of a clean window look like follows from the reference's own counts: the true shares are drawn from their posterior
 (Dirichlet; for bins between quantiles this is the exact law of spacings), then a window from those shares. So the
 reference's sampling error and bins that it has hardly seen are part of the threshold.
+
+A shift of the mean is what the promise is about, so it may spend four fifths of a number's chance of a false alarm;
+any other change of shape shows in the bins, and has the last fifth. What has no order spends all on the bins.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
@@ -18,11 +22,13 @@ import msgspec
 import numpy as np
 
 SEED = 20240501
-EXCEEDING = 25  # so many drawn windows should lie beyond the wanted quantile
-MIN_WINDOWS, MAX_WINDOWS = 1000, 4000
+EXCEEDING = 25  # at least so many drawn windows should lie beyond the wanted quantile
+MIN_WINDOWS, MAX_WINDOWS = 1000, 4000  # of a feature, whatever the others are
+DRAWS = 100_000  # windows of all features together: half a second
+BINNED_PENALTY = math.log(4.0)  # a number's bins may alarm a quarter as often as its mean
 _LOW, _HIGH = 0.90, 0.99  # quantiles that fix a tail
 _LOG_LOW = -math.log(1.0 - _LOW)
-_GRID = 1.05
+_GRID_STEPS = (1, 2, 5)
 
 
 class Profile(NamedTuple):
@@ -36,20 +42,37 @@ class Profile(NamedTuple):
     sd: np.ndarray  # of the scores; 0: no order, no shift
 
 
+class Pool(NamedTuple):
+    """How surprising drawn windows of every feature were, ascending, and how many of them are not less so."""
+
+    surprises: np.ndarray
+    beyond: np.ndarray
+
+    def at_least(self, surprise: float) -> float:
+        """How many are not less surprising."""
+        place = int(np.searchsorted(self.surprises, surprise))
+        return float(self.beyond[place]) if place < len(self.beyond) else 0.0
+
+    def exceeded_by(self, most: float) -> float:
+        """The smallest surprise that so many reach at most; the largest where that is fewer than one draw."""
+        place = int(np.searchsorted(-self.beyond, -most))
+        return float(self.surprises[min(place, len(self.surprises) - 1)])
+
+
 class Limits(NamedTuple):
     """Thresholds of the distance and of the shift, [features], and how surprising anything else is."""
 
     binned: np.ndarray
     shifted: np.ndarray
     tails: np.ndarray  # [2, features, 2]: quantile and exponent
-    drawn: np.ndarray  # surprise of every drawn window and feature, ascending
-    windows: int
+    penalties: np.ndarray  # [features], of the distance
+    drawn: Pool
+    windows: int  # drawn of each feature
 
     def level(self, binned: np.ndarray, shifted: np.ndarray) -> float:
         """The smallest share of false alarms at which a window with these effects would alarm."""
-        surprise = max(float(_surprise(binned, self.tails[0]).max()), float(_surprise(shifted, self.tails[1]).max()))
-        beyond = len(self.drawn) - int(np.searchsorted(self.drawn, surprise))
-        return 1.0 - math.exp(-beyond / self.windows)
+        surprise = float(_joint_surprise(binned, shifted, self.tails, self.penalties).max())
+        return 1.0 - math.exp(-self.drawn.at_least(surprise) / self.windows)
 
 
 def profile_of(counts: Sequence[np.ndarray], is_number: Sequence[bool]) -> Profile:
@@ -140,13 +163,17 @@ def as_distance(shift: Any) -> Any:
 def on_grid(rows: int) -> int:
     """A window's rows rounded down by at most 5 %: fewer calibrations, each a little too careful.
 
+    Round numbers, which windows usually have, stay as they are.
+
     Example:
-        >>> [on_grid(rows) for rows in (7, 200, 207, 1000)]
-        [7, 194, 204, 972]
+        >>> [on_grid(rows) for rows in (7, 200, 207, 1000, 1049)]
+        [7, 200, 200, 1000, 1000]
     """
     if rows <= 20:
         return rows
-    return int(_GRID ** math.floor(math.log(rows) / math.log(_GRID) + 1e-9))
+    decade = 10 ** int(math.log10(rows) + 1e-9)
+    leading = max(step * decade for step in _GRID_STEPS if step * decade <= rows)
+    return rows - rows % max(leading // 20, 1)
 
 
 def limits_of(counts: Sequence[np.ndarray], is_number: Sequence[bool], rows: int, false_alarms: float) -> Limits:
@@ -162,28 +189,34 @@ def limits_of(counts: Sequence[np.ndarray], is_number: Sequence[bool], rows: int
     return _calibrate(key, on_grid(rows), false_alarms)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # of a few megabytes each
 def _calibrate(key: bytes, rows: int, false_alarms: float) -> Limits:
     """Draw windows for every feature, then choose one surprise for all that keeps the windows' rate.
 
     Features count as independent: where they move together, the true rate is lower than asked.
     """
     decoded: list[tuple[list[int], bool]] = msgspec.msgpack.decode(key)
-    profile = profile_of([np.asarray(own) for own, _ in decoded], [one for _, one in decoded])
+    features = [(tuple(own), ordered) for own, ordered in decoded]
+    # Bins lie at quantiles: numbers without repeated values all have the same counts, and are drawn once.
+    kinds = Counter(features)
+    profile = profile_of([np.asarray(own) for own, _ in kinds], [ordered for _, ordered in kinds])
+    penalties = np.where(profile.sd > 0, BINNED_PENALTY, 0.0)
     expected = -math.log1p(-min(max(false_alarms, 1e-6), 0.999))  # features beyond their limit, per window
-    windows = int(min(max(EXCEEDING / expected, MIN_WINDOWS), MAX_WINDOWS))
+    windows = max(int(min(max(EXCEEDING / expected, MIN_WINDOWS), MAX_WINDOWS)), DRAWS // len(kinds))
     generator = np.random.default_rng(SEED)
-    features = len(decoded)
-    tails, drawn = np.empty((2, features, 2)), np.empty((features, windows))
-    for index in range(features):
-        table = draw_windows(profile.weights[index], rows, windows, generator)
-        binned, shifted = effects_of(profile, table, index)
-        tails[0, index], tails[1, index] = _tail(binned), _tail(shifted)
-        drawn[index] = np.maximum(_surprise(binned, tails[0, index]), _surprise(shifted, tails[1, index]))
-    pool = np.sort(drawn, axis=None)
-    surprise = _choose(pool, expected * windows)
-    limits = tails[:, :, 0] * (surprise / _LOG_LOW) ** (1.0 / tails[:, :, 1])
-    return Limits(limits[0], limits[1], tails, pool, windows)
+    tails, drawn = np.empty((2, len(kinds), 2)), np.empty((len(kinds), windows))
+    for index in range(len(kinds)):
+        effects = effects_of(profile, draw_windows(profile.weights[index], rows, windows, generator), index)
+        tails[:, index] = [_tail(values) for values in effects]
+        drawn[index] = _joint_surprise(*effects, tails[:, index], penalties[index])
+    often = np.array(list(kinds.values()), float)
+    pool = _pool(drawn, often)
+    surprise = _choose(pool, expected * windows, float(np.square(often).sum() / often.sum()))
+    place = {kind: index for index, kind in enumerate(kinds)}
+    order = [place[feature] for feature in features]
+    tails, penalties = tails[:, order], penalties[order]
+    binned = _limit(surprise + penalties, tails[0])
+    return Limits(binned, _limit(surprise, tails[1]), tails, penalties, pool, windows)
 
 
 def draw_windows(weights: np.ndarray, rows: int, windows: int, generator: np.random.Generator) -> np.ndarray:
@@ -207,11 +240,33 @@ def _surprise(values: np.ndarray, tail: np.ndarray) -> np.ndarray:
         return _LOG_LOW * (values / tail[..., 0]) ** tail[..., 1]
 
 
-def _choose(pool: np.ndarray, exceeding: float) -> float:
-    """The surprise that so many of the pool exceed, on the careful side of what drawing leaves unsure."""
-    careful = exceeding - 1.28 * math.sqrt(exceeding)
-    if careful >= 5.0:
-        return float(pool[len(pool) - int(careful)])
+def _limit(surprise: np.ndarray | float, tail: np.ndarray) -> np.ndarray:
+    """The value that is so surprising."""
+    return tail[..., 0] * (surprise / _LOG_LOW) ** (1.0 / tail[..., 1])
+
+
+def _joint_surprise(binned: np.ndarray, shifted: np.ndarray, tails: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    return np.maximum(_surprise(binned, tails[0]) - penalty, _surprise(shifted, tails[1]))
+
+
+def _pool(drawn: np.ndarray, often: np.ndarray) -> Pool:
+    """Draws of [kinds, windows] for all features; each counts for as many as share its kind."""
+    order = np.argsort(drawn, axis=None, kind="stable")
+    weights = np.repeat(often, drawn.shape[1])[order]
+    return Pool(drawn.ravel()[order], np.cumsum(weights[::-1])[::-1])
+
+
+def _choose(pool: Pool, exceeding: float, repeats: float) -> float:
+    """The surprise that so many of the pool exceed, on the careful side of what drawing leaves unsure.
+
+    Args:
+        pool: Of all features.
+        exceeding: How many may lie beyond.
+        repeats: For how many features a draw counts on average.
+    """
+    careful = exceeding - 1.28 * math.sqrt(exceeding * repeats)
+    if careful >= 5.0 * repeats:
+        return pool.exceeded_by(careful)
     # Too few draws lie out there: go on from the tenth as the tail does, a factor in chance for its logarithm.
-    reachable = min(10, len(pool))
-    return float(pool[len(pool) - reachable]) + math.log(reachable / (exceeding * 0.75))
+    reachable = min(10.0 * repeats, float(pool.beyond[0]))
+    return pool.exceeded_by(reachable) + math.log(max(reachable / (exceeding * 0.75), 1.0))

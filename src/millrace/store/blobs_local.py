@@ -30,6 +30,7 @@ class LocalBlobs:
 
     Args:
         root: The folder, `blobs` in the home; made when absent.
+        is_durable: Whether a put survives a power cut; a cache of what is stored elsewhere needs no fsync.
 
     Example:
         >>> import tempfile
@@ -40,8 +41,8 @@ class LocalBlobs:
         (b'hello', 5)
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root).absolute()
+    def __init__(self, root: Path, is_durable: bool = True) -> None:
+        self.root, self._is_durable = Path(root).absolute(), is_durable
         self._files, self._temp = self.root / "sha256", self.root / "temp"
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
@@ -91,8 +92,7 @@ class LocalBlobs:
         """A read-only local file with these bytes, verified unless this process has done so already."""
         place = self._place(digest)
         with self._open(digest) as file:
-            state = os.fstat(file.fileno())
-            known = (state.st_ino, state.st_mtime_ns, state.st_size)
+            known = _identity(os.fstat(file.fileno()))
             if self._verified.get(digest) != known:
                 actual, _ = _hash(file)
                 if actual != digest:
@@ -112,8 +112,30 @@ class LocalBlobs:
             place.unlink()
         except FileNotFoundError:
             return False
-        sync_folder(place.parent)
+        self._sync(place.parent)
         return True
+
+    def modified_at(self, digest: str) -> float:
+        """When it was last put or touched, in seconds since 1970: what is young may be about to be referred to.
+
+        Raises:
+            NotFoundError: There is no such blob.
+        """
+        with self._open(digest) as file:
+            return os.fstat(file.fileno()).st_mtime
+
+    def touch(self, digest: str) -> None:
+        """Make it count as new, so that garbage collection spares it for a while.
+
+        Raises:
+            NotFoundError: There is no such blob.
+        """
+        with self._open(digest) as file:
+            is_known = self._verified.get(digest) == _identity(os.fstat(file.fileno()))
+            with disk_errors(self.root):
+                os.utime(file.fileno())
+            if is_known:
+                self._verified[digest] = _identity(os.fstat(file.fileno()))
 
     def list(self) -> Iterator[Artifact]:
         """Every stored blob, in the order of the digests."""
@@ -129,11 +151,7 @@ class LocalBlobs:
         Raises:
             InputError: There is a symbolic link, a device or a name that is not portable.
         """
-        entries = []
-        for name, file in trees.files_below(folder):
-            stored = self.put(file)
-            entries.append(TreeEntry(path=name, digest=stored.digest, size_bytes=stored.size_bytes))
-        return self.put(trees.encode(entries), TREE_MEDIA_TYPE)
+        return self.put(trees.encode(trees.put_files(folder, self.put)), TREE_MEDIA_TYPE)
 
     def tree(self, digest: str) -> list[TreeEntry]:
         """The listing of a tree, verified.
@@ -169,12 +187,13 @@ class LocalBlobs:
             ) from None
 
     def _has_intact(self, digest: str) -> bool:
-        """Whether it is stored, intact and durable."""
+        """Whether it is stored, intact and durable; if so it counts as new from now on."""
         try:
             place = self.path(digest)
+            self.touch(digest)
         except (NotFoundError, CorruptError):
             return False
-        sync_folder(place.parent)  # another process may have renamed it and not yet come to this
+        self._sync(place.parent)  # another process may have renamed it and not yet come to this
         return True
 
     def _store(self, source: BinaryIO) -> tuple[str, int]:
@@ -186,16 +205,23 @@ class LocalBlobs:
                     digest, size = _hash(source, file)
                     file.flush()
                     os.fchmod(file.fileno(), 0o444)
-                    os.fsync(file.fileno())
+                    if self._is_durable:
+                        os.fsync(file.fileno())
+                    known = _identity(os.fstat(file.fileno()))
                 place = self._place(digest)
                 if not place.parent.is_dir():
                     place.parent.mkdir(exist_ok=True)
-                    sync_folder(self._files)
+                    self._sync(self._files)
                 os.replace(temp, place)
-                sync_folder(place.parent)
+                self._sync(place.parent)
+                self._verified[digest] = known
         finally:
             temp.unlink(missing_ok=True)
         return digest, size
+
+    def _sync(self, folder: Path) -> None:
+        if self._is_durable:
+            sync_folder(folder)
 
     def _remove_stale(self) -> None:
         """What processes that were killed while writing have left behind."""
@@ -260,6 +286,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _identity(state: os.stat_result) -> tuple[int, int, int]:
+    """What changes when somebody writes into a file."""
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 def _hash(source: BinaryIO, target: BinaryIO | None = None) -> tuple[str, int]:

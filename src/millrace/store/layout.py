@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millrace.core.types import RECORD_TYPES
 
-HEAD = "0001"  # the newest revision under migrations/versions; a test compares
+HEAD = "0002"  # the newest revision under migrations/versions; a test compares
 
 
 class Column(NamedTuple):
@@ -31,9 +31,23 @@ class TableLayout(NamedTuple):
 SHARED = (Column("id"), Column("project"), Column("created_at", "real"), Column("version", "integer"))
 _NAME, _STATE, _NUMBER = Column("name"), Column("state"), Column("number", "integer")
 _RUN = Column("run_id", nullable=True)
+_DELETED = Column("deleted_at", "real", nullable=True)
 
 TABLES: dict[str, TableLayout] = {
-    "run": TableLayout("runs", (_NAME, _STATE, Column("spec_path")), (("created_at",), ("spec_path",))),
+    "project": TableLayout("projects", (_NAME, _DELETED), (("name",),)),
+    "run": TableLayout(
+        "runs",
+        (
+            _NAME,
+            _STATE,
+            Column("spec_path"),
+            Column("created_by"),
+            Column("started_at", "real", nullable=True),
+            Column("ended_at", "real", nullable=True),
+            _DELETED,
+        ),
+        (("created_at",), ("spec_path",), ("project", "started_at"), ("started_at",)),
+    ),
     "step": TableLayout(
         "steps",
         (Column("run_id"), _NAME, Column("stage"), _STATE, Column("cache_key")),
@@ -41,6 +55,16 @@ TABLES: dict[str, TableLayout] = {
     ),
     "dataset_version": TableLayout("dataset_versions", (_NAME, _NUMBER, _RUN), (("name", "number"),)),
     "model_version": TableLayout("model_versions", (_NAME, _NUMBER, _RUN), (("name", "number"),)),
+    "model": TableLayout("models", (_NAME,), ()),
+    "logged_model": TableLayout(
+        "logged_models", (_NAME, _RUN, _STATE, _DELETED), (("project", "created_at"), ("run_id",))
+    ),
+    "run_link": TableLayout(
+        "run_links",
+        (Column("run_id"), Column("direction"), Column("target"), _NAME, Column("digest")),
+        (("run_id",), ("name",)),
+    ),
+    "artifact_file": TableLayout("artifact_files", (Column("owner"), Column("path")), (("owner", "path"),)),
     "alias": TableLayout("aliases", (Column("model"), _NAME, _NUMBER), (("model",),)),
     "endpoint": TableLayout("endpoints", (_NAME, Column("model"), _STATE), (("name",),)),
     "alert": TableLayout(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from millrace.core.errors import InputError, MillraceError
+from millrace.core.errors import MillraceError
 from millrace.core.types import MetricPoint
+from millrace.store import tracking_sql
+from millrace.store.database import Connection, within_int64
+from millrace.store.tracking_sql import POINT_COLUMNS, Row, as_row
 
 FLUSH_EVERY_S = 0.4
 FLUSH_AT_POINTS = 50_000  # a producer that is quicker than the disk writes itself: memory stays bounded
-_INSERT = "INSERT INTO metrics (run_id, name, step, value, at) VALUES (?, ?, ?, ?, ?)"
-_INT64 = 2**63
-Row = tuple[str, str, int, float | None, float]
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +30,6 @@ class MetricBuffer:
         self._flush_now = flush_now
         self._rows: list[Row] = []
         self._lock = threading.Lock()
-        self._texts: set[str] = set()
         self._failure: MillraceError | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -43,7 +41,7 @@ class MetricBuffer:
             InputError: A point has a name that is no text, or a step or value that is no number.
             MillraceError: The last flush failed; the points of this call were not taken.
         """
-        rows = [self._row(point) for point in points]
+        rows = [as_row(point) for point in points]  # a bad point must fail here, not in the flush of all
         failure = self._failure
         if failure is not None:
             raise type(failure)(failure.message, hint=failure.hint, details=failure.details)
@@ -61,13 +59,13 @@ class MetricBuffer:
         """Whether nothing waits."""
         return not self._rows
 
-    def write(self, connection: sqlite3.Connection) -> list[Row]:
+    def write(self, connection: Connection) -> list[Row]:
         """Write what waits inside the connection's transaction; give the rows to `restore` if it fails."""
         with self._lock:
             rows, self._rows = self._rows, []
         if rows:
             try:
-                connection.executemany(_INSERT, rows)
+                tracking_sql.insert_points(connection, rows)
             except BaseException:
                 self.restore(rows)
                 raise
@@ -97,35 +95,17 @@ class MetricBuffer:
             else:
                 self._failure = None
 
-    def _row(self, point: MetricPoint) -> Row:
-        """The row of a point, with plain numbers: a bad point must fail here, not in the flush of all."""
-        try:
-            step, value, at = int(point.step), float(point.value), float(point.at)
-            self._check_text(point.run_id)
-            self._check_text(point.name)
-        except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise InputError(f"the metric point {point!r} cannot be stored: {error}") from error
-        if not -_INT64 <= step < _INT64 or not math.isfinite(at):
-            raise InputError(f"the metric point {point!r} needs a step of 64 bits and a finite time")
-        return point.run_id, point.name, step, value, at
 
-    def _check_text(self, text: Any) -> None:
-        if text not in self._texts:
-            if not isinstance(text, str):
-                raise TypeError(f"want text, got {text!r}")
-            text.encode()
-            if len(self._texts) < 10_000:
-                self._texts.add(text)
-
-
-def read(connection: sqlite3.Connection, run_id: str, name: str | None, since: int, limit: int) -> list[MetricPoint]:
+def read(connection: Connection, run_id: str, name: str | None, since: int, limit: int) -> list[MetricPoint]:
     """A run's points in the order of arrival; see `core.ports.Records.metrics`."""
-    sql = "SELECT run_id, name, step, value, at FROM metrics WHERE run_id = ?"
+    sql = f"SELECT {', '.join(POINT_COLUMNS)} FROM metrics WHERE run_id = ?"
     values: list[Any] = [run_id]
     if name is not None:
         sql += " AND name = ?"
         values.append(name)
-    rows = connection.execute(sql + " ORDER BY id LIMIT ? OFFSET ?", [*values, limit, since]).fetchall()
+    rows = connection.execute(
+        sql + " ORDER BY id LIMIT ? OFFSET ?", [*values, within_int64(limit), within_int64(max(since, 0))]
+    ).fetchall()
     return [
         MetricPoint(run, series, step, math.nan if value is None else value, at)
         for run, series, step, value, at in rows

@@ -1,12 +1,16 @@
-"""Bring a home's schema up, or down, with Alembic. Called under the home's exclusive lock.
+"""Bring a schema up, or down, with Alembic. Called under the home's exclusive lock; on Postgres takes one.
 
-Imports SQLAlchemy and Alembic (0.4 s), so `records_sql` loads it only when a schema is not at its head.
+A target is the path of a SQLite file, or the URL of a Postgres database.
+
+Imports SQLAlchemy and Alembic (0.4 s), so it is loaded only when a schema is not at its head.
 """
 
 from __future__ import annotations
 
+import importlib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,16 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from millrace.core.errors import SchemaVersionError
 from millrace.store import layout
+from millrace.store.database import WRITER_LOCK
 from millrace.store.schema import METADATA
+
+Target = Path | str
 
 
 def _scripts() -> ScriptDirectory:
@@ -39,83 +46,107 @@ def newest_revision() -> str | None:
     return _scripts().get_current_head()
 
 
-def create(path: Path) -> None:
-    """Create all tables in a new file at the newest revision, in one transaction.
+def create(target: Target) -> None:
+    """Create all tables at the newest revision, in one transaction; does nothing where somebody just did.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     create(Path(folder) / "records.db")
         ...     current(Path(folder) / "records.db")
-        '0001'
+        '0002'
     """
 
     def work(connection: Connection) -> None:
-        METADATA.create_all(connection)
-        MigrationContext.configure(connection).stamp(_scripts(), layout.HEAD)
+        context = MigrationContext.configure(connection)
+        if context.get_current_revision() is None:
+            METADATA.create_all(connection)
+            context.stamp(_scripts(), layout.HEAD)
 
-    _in_transaction(path, work)
+    _in_transaction(target, work)
 
 
-def upgrade(path: Path, revision: str = "head") -> None:
-    """Migrate up; before that, a copy is kept beside the file as `<name>.before-<revision>`.
+def upgrade(target: Target, revision: str = "head") -> None:
+    """Migrate up; before that, a copy of a file is kept beside it as `<name>.before-<revision>`.
 
     Raises:
-        SchemaVersionError: The file's revision is not among the shipped migrations.
+        SchemaVersionError: The schema's revision is not among the shipped migrations.
     """
-    found, scripts = current(path), _scripts()
+    found, scripts = current(target), _scripts()
     known = {script.revision for script in scripts.walk_revisions()}
     if found is not None and found not in known:
-        raise newer_schema(path, found)
-    if found is not None:
-        _copy(path, path.with_name(f"{path.name}.before-{layout.HEAD}"))
-    _migrate(path, scripts, lambda revisions, _: scripts._upgrade_revs(revision, revisions))
+        raise newer_schema(target, found)
+    if found is not None and isinstance(target, Path):
+        _copy(target, target.with_name(f"{target.name}.before-{layout.HEAD}"))
+    _migrate(target, scripts, lambda revisions, _: scripts._upgrade_revs(revision, revisions))
 
 
-def downgrade(path: Path, revision: str = "base") -> None:
+def downgrade(target: Target, revision: str = "base") -> None:
     """Migrate down to a revision; `base` drops everything."""
     scripts = _scripts()
-    _migrate(path, scripts, lambda revisions, _: scripts._downgrade_revs(revision, revisions))
+    _migrate(target, scripts, lambda revisions, _: scripts._downgrade_revs(revision, revisions))
 
 
-def current(path: Path) -> str | None:
-    """The revision that the file is stamped with, or None."""
-    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-    with engine.connect() as connection:
+def current(target: Target) -> str | None:
+    """The revision that a schema is stamped with, or None."""
+    with _connected(target) as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
-def newer_schema(path: Path, found: str) -> SchemaVersionError:
+def engine(target: Target) -> Engine:
+    """Connections for SQLAlchemy, each closed after use, in autocommit mode; a password stays in the driver."""
+    if isinstance(target, Path):
+        return create_engine(f"sqlite:///{target}", poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    return create_engine(
+        "postgresql+psycopg://",
+        # by name: a SQLite home needs no psycopg
+        creator=lambda: importlib.import_module("psycopg").connect(target),
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+    )
+
+
+def newer_schema(target: Target, found: str) -> SchemaVersionError:
     """The refusal of a home whose schema this version does not know."""
+    name = target if isinstance(target, Path) else "the database"
     return SchemaVersionError(
-        f"{path} has schema {found!r}, which this Millrace does not know (its newest is {layout.HEAD!r})",
+        f"{name} has schema {found!r}, which this Millrace does not know (its newest is {layout.HEAD!r})",
         details={"found": found, "known": layout.HEAD},
     )
 
 
-def _migrate(path: Path, scripts: ScriptDirectory, steps: Callable[[Any, MigrationContext], Any]) -> None:
+def _migrate(target: Target, scripts: ScriptDirectory, steps: Callable[[Any, MigrationContext], Any]) -> None:
     def work(connection: Connection) -> None:
         with EnvironmentContext(Config(), scripts, fn=steps) as environment:
             environment.configure(connection=connection, target_metadata=METADATA, render_as_batch=True)
             environment.run_migrations()
 
-    _in_transaction(path, work)
+    _in_transaction(target, work)
 
 
-def _in_transaction(path: Path, work: Callable[[Connection], None]) -> None:
-    """Run schema changes so that a kill or an error leaves all of them or none; errors are sqlite3's.
+def _in_transaction(target: Target, work: Callable[[Connection], None]) -> None:
+    """Run schema changes so that a kill or an error leaves all of them or none; errors are the driver's.
 
     pysqlite commits before each DDL statement unless it is told not to begin transactions itself.
     """
-    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA synchronous=FULL")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        try:
-            work(connection)
-            connection.exec_driver_sql("COMMIT")
-        except DBAPIError as error:  # SQLite rolls back by itself when the connection closes
-            raise error.orig or error from error
+    opening = ("PRAGMA synchronous=FULL", "BEGIN IMMEDIATE")
+    if not isinstance(target, Path):
+        opening = ("BEGIN", f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")  # one at a time, and nobody writes
+    with _connected(target) as connection:  # both roll back by themselves when the connection closes
+        for statement in opening:
+            connection.exec_driver_sql(statement)
+        work(connection)
+        connection.exec_driver_sql("COMMIT")
+
+
+@contextmanager
+def _connected(target: Target) -> Iterator[Connection]:
+    """A connection whose errors are the driver's own."""
+    try:
+        with engine(target).connect() as connection:
+            yield connection
+    except DBAPIError as error:
+        raise error.orig or error from error
 
 
 def _copy(source: Path, target: Path) -> None:

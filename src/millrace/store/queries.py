@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,15 +10,18 @@ import msgspec
 
 from millrace.core.errors import ConflictError, CorruptError, InputError
 from millrace.core.types import Record, Run
+from millrace.store.database import Connection, within_int64
 from millrace.store.layout import SHARED, TABLES, Column
+from millrace.store.tracking_sql import as_members, delete_values, is_one_of
 
 R = TypeVar("R", bound=Record)
 _IN_LIMIT = 500  # longer lists are filtered here: SQLite has a limit on parameters
 _INT64 = 2**63
+_EXACT_FLOAT = 2**53  # beyond, Postgres rounds an integer to compare it with a float
 
 
 class Statements(NamedTuple):
-    """The prepared SQL of one kind; the text is the key of sqlite3's statement cache."""
+    """The prepared SQL of one kind; the text is the key of the driver's statement cache."""
 
     table: str
     columns: dict[str, Column]
@@ -42,21 +44,29 @@ def statements(record_type: type[Record]) -> Statements:
         columns=columns,
         get=f"SELECT id, body FROM {layout.name} WHERE id = ?",
         version=f"SELECT version FROM {layout.name} WHERE id = ?",
-        insert=f"INSERT INTO {layout.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
+        insert=f"INSERT INTO {layout.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        " ON CONFLICT (id) DO NOTHING",
         update=f"UPDATE {layout.name} SET {', '.join(f'{name} = ?' for name in names)} WHERE id = ? AND version = ?",
         delete=f"DELETE FROM {layout.name} WHERE id = ?",
         decoder=msgspec.json.Decoder(record_type),
     )
 
 
-def get(connection: sqlite3.Connection, record_type: type[R], id: str) -> R | None:
+def get(connection: Connection, record_type: type[R], id: str) -> R | None:
     """The record with this id as the connection sees it."""
     prepared = statements(record_type)
     row = connection.execute(prepared.get, (id,)).fetchone()
     return None if row is None else _decode(prepared, row)
 
 
-def put(connection: sqlite3.Connection, record: R, expect_version: int | None, now_s: float) -> R:
+def get_many(connection: Connection, record_type: type[R], ids: Sequence[str]) -> dict[str, R]:
+    """Those of the records that exist, by id, in one query."""
+    prepared = statements(record_type)
+    sql = f"SELECT id, body FROM {prepared.table} WHERE {is_one_of(connection.dialect, 'id')}"
+    return {row[0]: _decode(prepared, row) for row in connection.execute(sql, (as_members(ids),)).fetchall()}
+
+
+def put(connection: Connection, record: R, expect_version: int | None, now_s: float) -> R:
     """Insert or replace inside the connection's transaction; see `core.ports.Transaction.put`."""
     prepared = statements(type(record))
     expected = _version(connection, prepared, record.id) or 0 if expect_version is None else expect_version
@@ -64,23 +74,23 @@ def put(connection: sqlite3.Connection, record: R, expect_version: int | None, n
     changed = msgspec.structs.replace(record, version=expected + 1, created_at=created_at)
     row = _encode(prepared, changed)
     if expected:
-        done = connection.execute(prepared.update, (*row, record.id, expected)).rowcount
+        done = connection.execute(prepared.update, (*row, record.id, expected))
     else:
-        done = _insert(connection, prepared.insert, row)
-    if not done:
+        done = connection.execute(prepared.insert, row)
+    if not done.rowcount:
         raise _conflict(_version(connection, prepared, record.id), record, expected)
     return changed
 
 
-def delete(connection: sqlite3.Connection, record_type: type[Record], id: str) -> bool:
-    """Remove a record; a run's metric points go with it."""
+def delete(connection: Connection, record_type: type[Record], id: str) -> bool:
+    """Remove a record; with a run go its points, parameters and tags."""
     if record_type is Run:
-        connection.execute("DELETE FROM metrics WHERE run_id = ?", (id,))
+        delete_values(connection, id)
     return connection.execute(statements(record_type).delete, (id,)).rowcount > 0
 
 
 def find(
-    connection: sqlite3.Connection,
+    connection: Connection,
     record_type: type[R],
     where: Mapping[str, Any] | None = None,
     order: str = "created_at",
@@ -101,8 +111,12 @@ def find(
     whole_in_sql = not rest and key in prepared.columns
     if whole_in_sql:
         direction = "DESC" if descending else "ASC"
-        sql += f" ORDER BY {key} {direction}, id {direction} LIMIT ? OFFSET ?"
-        values += [-1 if limit is None else max(limit, 0), offset]
+        if prepared.columns[key].nullable:  # None first, as SQLite and `_sortable` have it
+            nulls = "LAST" if descending else "FIRST"
+            sql += f" ORDER BY {key} {direction} NULLS {nulls}, id {direction} LIMIT ? OFFSET ?"
+        else:
+            sql += f" ORDER BY {key} {direction}, id {direction} LIMIT ? OFFSET ?"
+        values += [within_int64(None if limit is None else max(limit, 0)), within_int64(offset)]
     found = [_decode(prepared, row) for row in connection.execute(sql, values).fetchall()]
     if whole_in_sql:
         return found
@@ -118,7 +132,10 @@ def _encode(prepared: Statements, record: Record) -> list[Any]:
         prepared.decoder.decode(body)  # NaN in a number field becomes null and could never be read again
     except (TypeError, OverflowError, UnicodeError, msgspec.ValidationError) as error:
         raise InputError(f"the {record.kind} {record.id!r} cannot be stored: {error}") from error
-    return [*(getattr(record, name) for name in prepared.columns), body.decode()]
+    row = [*(getattr(record, name) for name in prepared.columns), body.decode()]
+    if any(type(value) is str and "\0" in value for value in row):  # a body has it escaped
+        raise InputError(f"the {record.kind} {record.id!r} cannot be stored: a name or key of it holds a NUL character")
+    return row
 
 
 def _decode(prepared: Statements, row: tuple[str, str]) -> Any:
@@ -127,20 +144,11 @@ def _decode(prepared: Statements, row: tuple[str, str]) -> Any:
     except msgspec.MsgspecError as error:
         raise CorruptError(
             f"the record {row[0]!r} in table {prepared.table} is damaged: {error}",
-            hint="restore records.db from a backup, or delete this record",
+            hint="restore the records from a backup, or delete this record",
         ) from error
 
 
-def _insert(connection: sqlite3.Connection, sql: str, row: list[Any]) -> int:
-    try:
-        return connection.execute(sql, row).rowcount
-    except sqlite3.IntegrityError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
-            return 0
-        raise
-
-
-def _version(connection: sqlite3.Connection, prepared: Statements, id: str) -> int | None:
+def _version(connection: Connection, prepared: Statements, id: str) -> int | None:
     row = connection.execute(prepared.version, (id,)).fetchone()
     return None if row is None else row[0]
 
@@ -173,7 +181,7 @@ def _conditions(prepared: Statements, where: Mapping[str, Any]) -> tuple[list[st
         tests = [f"{name} IN ({', '.join('?' * len(given))})"] if len(given) > 1 else [f"{name} = ?"] * len(given)
         if None in options:
             tests.append(f"{name} IS NULL")
-        conditions.append(f"({' OR '.join(tests)})" if tests else "0")
+        conditions.append(f"({' OR '.join(tests)})" if tests else "1 = 0")
         values += given
     return conditions, values, rest
 
@@ -183,8 +191,10 @@ def _is_exact(column: Column, value: Any) -> bool:
     if value is None:
         return True
     if column.type == "text":
-        return type(value) is str and not any("\ud800" <= char <= "\udfff" for char in value)
-    return type(value) is float or (type(value) is int and -_INT64 <= value < _INT64)
+        return type(value) is str and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
+    if column.type == "integer" and type(value) is int:
+        return -_INT64 <= value < _INT64
+    return type(value) in (int, float) and abs(value) < _EXACT_FLOAT
 
 
 def _matches(value: Any, want: Any) -> bool:

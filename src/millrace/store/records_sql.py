@@ -1,4 +1,7 @@
-"""Records on SQLite: one file, several threads and processes, every write durable when it returns."""
+"""Records in SQL, on SQLite here and on Postgres through `store.postgres`.
+
+Several threads and processes, every write durable when it returns.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import errno
 import fcntl
 import importlib
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +18,14 @@ from typing import Any, TypeVar
 
 from millrace.core.clock import Clock, SystemClock
 from millrace.core.errors import DiskFullError, SchemaVersionError, UnavailableError
+from millrace.core.search import FoundRun, RunQuery, RunValues
 from millrace.core.types import Event, MetricPoint, Record
-from millrace.store import metric_buffer, queries, sealing
+from millrace.store import metric_buffer, queries, sealing, search_sql, tracking_sql
+from millrace.store.database import Connection, Database
 from millrace.store.layout import HEAD
 from millrace.store.metric_buffer import MetricBuffer
 from millrace.store.sealing import SealedLink
-from millrace.store.sqlite import begin, connect, refuse_network_filesystem, translated
+from millrace.store.sqlite import SqliteDatabase, connect, refuse_network_filesystem, translated
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -55,41 +59,58 @@ def open_records(path: Path, clock: Clock | None = None) -> SqlRecords:
     refuse_network_filesystem(path.parent)
     if not path.exists() or _revision(path) != HEAD:
         _bring_to_head(path)
-    return SqlRecords(path, clock or SystemClock())
+    return SqlRecords(SqliteDatabase(path), clock or SystemClock())
 
 
 class SqlTransaction:
     """Implements `core.ports.Transaction`; ends with the `with` block that made it."""
 
-    def __init__(self, connection: sqlite3.Connection, clock: Clock) -> None:
-        self._open: sqlite3.Connection | None = connection
+    def __init__(self, connection: Connection, clock: Clock) -> None:
+        self._open: Connection | None = connection
         self._clock = clock
 
     @property
-    def _connection(self) -> sqlite3.Connection:
+    def connection(self) -> Connection:
+        """For the statements of other modules of the store."""
         if self._open is None:
             raise RuntimeError("this transaction has ended")
         return self._open
 
     def get(self, record_type: type[R], id: str) -> R | None:
         """The record inside this transaction, or None."""
-        return queries.get(self._connection, record_type, id)
+        return queries.get(self.connection, record_type, id)
 
     def find(self, record_type: type[R], where: Mapping[str, Any] | None = None) -> list[R]:
         """Records whose fields equal `where`, inside this transaction, oldest first."""
-        return queries.find(self._connection, record_type, where)
+        return queries.find(self.connection, record_type, where)
 
     def put(self, record: R, expect_version: int | None = None) -> R:
         """Insert or replace; a `created_at` of 0 becomes now on insertion."""
-        return queries.put(self._connection, record, expect_version, self._clock.now())
+        return queries.put(self.connection, record, expect_version, self._clock.now())
 
     def delete(self, record_type: type[Record], id: str) -> bool:
-        """Remove a record, and with a run its metric points."""
-        return queries.delete(self._connection, record_type, id)
+        """Remove a record, and with a run its points, parameters and tags."""
+        return queries.delete(self.connection, record_type, id)
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        points: Sequence[MetricPoint] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        removed_tags: Sequence[str] = (),
+        replace_params: bool = False,
+    ) -> None:
+        """Record points, parameters and tags of a run."""
+        tracking_sql.log(
+            self.connection, run_id, points=points, params=params, tags=tags, removed_tags=removed_tags,
+            replace_params=replace_params,
+        )  # fmt: skip
 
     def append(self, event: Event) -> None:
         """Add an event, unsealed."""
-        sealing.append(self._connection, event)
+        sealing.append(self.connection, event)
 
     def end(self) -> None:
         """No more calls."""
@@ -97,25 +118,21 @@ class SqlTransaction:
 
 
 class SqlRecords:
-    """Implements `core.ports.Records` on one SQLite file. Made by `open_records`.
+    """Implements `core.ports.Records` on a database. Made by `open_records`, here or in `store.postgres`."""
 
-    One connection writes and one reads, each under a lock; WAL lets them not wait for each other.
-    """
-
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self.path = path
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
         self._clock = clock
         self._pid = os.getpid()
-        self._writer, self._reader = connect(path), connect(path)
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
-        self._buffer = MetricBuffer(self._flush)
+        self._buffer = MetricBuffer(self.flush)
         self._closing = self._gone = False
         atexit.register(self.close)
 
     def get(self, record_type: type[R], id: str) -> R | None:
         """The newest committed record, or None."""
-        return self._read(lambda connection: queries.get(connection, record_type, id))
+        return self.read(lambda connection: queries.get(connection, record_type, id))
 
     def find(
         self,
@@ -126,7 +143,7 @@ class SqlRecords:
         offset: int = 0,
     ) -> list[R]:
         """Records whose fields equal `where`; ties by id, in the direction of the order."""
-        return self._read(lambda connection: queries.find(connection, record_type, where, order, limit, offset))
+        return self.read(lambda connection: queries.find(connection, record_type, where, order, limit, offset))
 
     def put(self, record: R, expect_version: int | None = None) -> R:
         """One put in a transaction of its own."""
@@ -141,7 +158,7 @@ class SqlRecords:
             DiskFullError: Nothing was written.
             UnavailableError: Another process held the lock for half a minute.
         """
-        with self._writing() as connection:
+        with self.writing() as connection:
             transaction = SqlTransaction(connection, self._clock)
             try:
                 yield transaction
@@ -150,7 +167,7 @@ class SqlRecords:
 
     def events(self, since: int = 0, subject: str | None = None, limit: int = 1000) -> list[Event]:
         """Sealed events with `seq` > since, in order."""
-        found = self._read(lambda connection: sealing.links(connection, since, subject, limit))
+        found = self.read(lambda connection: sealing.links(connection, since, subject, limit))
         return [sealing.as_event(id, link) for id, link in found]
 
     def seal(self, fence: int = 0) -> int:
@@ -160,8 +177,8 @@ class SqlRecords:
             ConflictError: A sealer with a newer fence has taken over.
         """
         total = 0
-        while self._read(sealing.has_unsealed):
-            with self._writing() as connection:
+        while self.read(sealing.has_unsealed):
+            with self.writing() as connection:
                 total += sealing.seal_batch(connection, fence)
         return total
 
@@ -172,25 +189,41 @@ class SqlRecords:
 
     def metrics(self, run_id: str, name: str | None = None, since: int = 0, limit: int = 100_000) -> list[MetricPoint]:
         """Points of a run in the order of arrival; those that wait in this process are written first."""
-        self._flush()
-        return self._read(lambda connection: metric_buffer.read(connection, run_id, name, since, limit))
+        self.flush()
+        return self.read(lambda connection: metric_buffer.read(connection, run_id, name, since, limit))
+
+    def search_runs(self, query: RunQuery) -> list[FoundRun]:
+        """The page of runs that fit; points that wait in this process are written first."""
+        self.flush()
+        return self.read(lambda connection: search_sql.search_runs(connection, query))
+
+    def run_values(self, run_ids: Sequence[str]) -> dict[str, RunValues]:
+        """The values of runs; points that wait in this process are written first."""
+        self.flush()
+        return self.read(lambda connection: tracking_sql.run_values(connection, run_ids))
+
+    def metric_history(
+        self, run_id: str, name: str, limit: int | None = None, after: tuple[float, int, int] | None = None
+    ) -> list[tuple[MetricPoint, tuple[float, int, int]]]:
+        """Points of one metric by (time, step, row), each with the cursor that goes on after it."""
+        self.flush()
+        return self.read(lambda connection: tracking_sql.metric_history(connection, run_id, name, limit, after))
 
     def links(self, since: int = 0, limit: int = 1000) -> list[SealedLink]:
         """Sealed events as `security.chain.verify` wants them."""
-        return [link for _, link in self._read(lambda connection: sealing.links(connection, since, None, limit))]
+        return [link for _, link in self.read(lambda connection: sealing.links(connection, since, None, limit))]
 
     def head(self) -> tuple[int, str]:
         """The last sealed seq and chain digest, (0, 64 zeros) before the first."""
-        return self._read(sealing.head)
+        return self.read(sealing.head)
 
     def erase_detail(self, event_id: int) -> bool:
         """Erase an event's detail and salt for good; the chain still verifies. False: there was none."""
-        with self._writing() as connection:
-            connection.execute("PRAGMA secure_delete=ON")
+        with self.writing() as connection:
+            self._database.before_erasing(connection)
             erased = connection.execute("DELETE FROM event_details WHERE event_id = ?", (event_id,)).rowcount > 0
-        with self._write_lock, translated(self.path):  # the old page also stands in the log: empty it
-            self._writer.execute("PRAGMA secure_delete=OFF")
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with self._write_lock, self._database.translated():
+            self._database.after_erasing()
         return erased
 
     def close(self) -> None:
@@ -201,45 +234,60 @@ class SqlRecords:
         atexit.unregister(self.close)
         self._buffer.stop()
         try:
-            self._flush()
+            self.flush()
         finally:
-            with self._write_lock, self._read_lock:
+            with self._write_lock:
                 self._gone = True
-                self._writer.close()
-                self._reader.close()
+                self._database.close()
 
-    def _read(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        with self._read_lock, translated(self.path):
-            self._check_open()
-            return question(self._reader)
+    def read(self, question: Callable[[Connection], T]) -> T:
+        """Ask something in SQL that changes nothing: the newest committed state, not an open transaction's.
+
+        Args:
+            question: Called with a connection; once more if the connection was lost.
+        """
+
+        def asked(connection: Connection) -> T:
+            self._check_open()  # again: it may have waited for its turn
+            return question(connection)
+
+        self._check_open()
+        with self._database.translated():
+            return self._database.read(asked)
 
     def _check_open(self) -> None:
         if self._gone:
-            raise UnavailableError(f"the records {self.path} are closed", hint="open them again")
+            raise UnavailableError(f"the records {self._database.name} are closed", hint="open them again")
+        if os.getpid() != self._pid:  # connections and locks are the parent's
+            raise UnavailableError(
+                f"the records {self._database.name} were opened before this process was forked",
+                hint="open them again in the new process",
+            )
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Make waiting metric points durable now."""
         inside = self._writing_thread == threading.get_ident()  # then the open transaction takes them along
         if not inside and not self._buffer.is_empty:
-            with self._writing():
+            with self.writing():
                 pass
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """BEGIN IMMEDIATE … COMMIT on the writer, waiting metric points included."""
+    def writing(self) -> Iterator[Connection]:
+        """A write transaction in SQL; waiting metric points become durable with it. See `transaction`."""
+        self._check_open()
         if self._writing_thread == threading.get_ident():
             raise RuntimeError("a transaction inside a transaction would wait for itself: use the open one")
-        with self._write_lock, translated(self.path):
+        with self._write_lock, self._database.translated():
             self._check_open()
             self._writing_thread = threading.get_ident()
             rows: list[metric_buffer.Row] = []
             try:
-                begin(self._writer)
-                yield self._writer
-                rows = self._buffer.write(self._writer)
-                self._writer.execute("COMMIT")
+                connection = self._database.begin()
+                yield connection
+                rows = self._buffer.write(connection)
+                self._database.commit()
             except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
+                self._database.rollback()
                 self._buffer.restore(rows)
                 raise
             finally:

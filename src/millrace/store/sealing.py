@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
-import sqlite3
 from typing import Any
 
 import msgspec
@@ -21,11 +21,12 @@ import msgspec
 from millrace.core.errors import ConflictError, InputError
 from millrace.core.ids import canonical_json
 from millrace.core.types import Event
+from millrace.store.database import Connection, within_int64
 
 GENESIS = "0" * 64
 SALT_BYTES = 32
 SEAL_BATCH = 5000
-_INSERT = "INSERT INTO events (at, actor, verb, subject, commitment) VALUES (?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO events (at, actor, verb, subject, commitment) VALUES (?, ?, ?, ?, ?) RETURNING id"
 _INSERT_DETAIL = "INSERT INTO event_details (event_id, salt, detail) VALUES (?, ?, ?)"
 _READ = (
     "SELECT e.id, e.seq, e.at, e.actor, e.verb, e.subject, e.commitment, e.chain, d.salt, d.detail "
@@ -49,28 +50,30 @@ class SealedLink(msgspec.Struct, frozen=True, kw_only=True):
     detail: bytes | None
 
 
-def append(connection: sqlite3.Connection, event: Event) -> None:
+def append(connection: Connection, event: Event) -> None:
     """Insert an event without a place in the chain, inside the connection's transaction.
 
     Raises:
-        InputError: The detail is not JSON.
+        InputError: The detail is not JSON, the time is not finite, or a text holds a NUL character.
     """
     try:
-        detail = canonical_json(event.detail)
-    except (TypeError, OverflowError, UnicodeError) as error:
+        detail, at = canonical_json(event.detail), float(event.at)
+        if not math.isfinite(at) or "\0" in event.actor + event.verb + event.subject:
+            raise TypeError("want a finite time, and texts without NUL")
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the detail of event {event.verb!r} cannot be stored: {error}") from error
     salt = os.urandom(SALT_BYTES)
     commitment = hmac.new(salt, detail, hashlib.sha256).hexdigest()
-    row = connection.execute(_INSERT, (float(event.at), event.actor, event.verb, event.subject, commitment))
-    connection.execute(_INSERT_DETAIL, (row.lastrowid, salt, detail.decode()))
+    (id,) = connection.execute(_INSERT, (at, event.actor, event.verb, event.subject, commitment)).fetchone()
+    connection.execute(_INSERT_DETAIL, (id, salt, detail.decode()))
 
 
-def has_unsealed(connection: sqlite3.Connection) -> bool:
+def has_unsealed(connection: Connection) -> bool:
     """Whether there is anything to seal."""
     return connection.execute("SELECT 1 FROM events WHERE seq IS NULL LIMIT 1").fetchone() is not None
 
 
-def seal_batch(connection: sqlite3.Connection, fence: int) -> int:
+def seal_batch(connection: Connection, fence: int) -> int:
     """Seal up to `SEAL_BATCH` events, inside the connection's transaction; how many.
 
     Raises:
@@ -94,7 +97,7 @@ def seal_batch(connection: sqlite3.Connection, fence: int) -> int:
     return len(rows)
 
 
-def head(connection: sqlite3.Connection) -> tuple[int, str]:
+def head(connection: Connection) -> tuple[int, str]:
     """The last sealed (seq, chain digest); kept apart from the events, so that a cut tail shows."""
     stored = _meta(connection, "chain_head")
     if stored is None:
@@ -103,14 +106,14 @@ def head(connection: sqlite3.Connection) -> tuple[int, str]:
     return int(seq), chain
 
 
-def links(connection: sqlite3.Connection, since: int, subject: str | None, limit: int) -> list[tuple[int, SealedLink]]:
+def links(connection: Connection, since: int, subject: str | None, limit: int) -> list[tuple[int, SealedLink]]:
     """Sealed events after `since` in order, each with its row id."""
     sql = _READ
-    values: list[Any] = [since]
+    values: list[Any] = [within_int64(max(since, 0))]
     if subject is not None:
         sql += " AND e.subject = ?"
         values.append(subject)
-    rows = connection.execute(sql + " ORDER BY e.seq LIMIT ?", [*values, limit]).fetchall()
+    rows = connection.execute(sql + " ORDER BY e.seq LIMIT ?", [*values, within_int64(limit)]).fetchall()
     return [
         (
             row[0],
@@ -132,6 +135,6 @@ def as_event(id: int, link: SealedLink) -> Event:
     )  # fmt: skip
 
 
-def _meta(connection: sqlite3.Connection, key: str) -> str | None:
+def _meta(connection: Connection, key: str) -> str | None:
     row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return None if row is None else row[0]

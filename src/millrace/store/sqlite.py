@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from millrace.core.errors import CorruptError, DiskFullError, InputError, MillraceError, UnavailableError
+from millrace.store.database import Connection, Dialect
 
+T = TypeVar("T")
 BUSY_TIMEOUT_S = 30.0
 # 9p and virtiofs are absent on purpose: they are how sandboxes mount a local disk.
 NETWORK_FILESYSTEMS = frozenset(
@@ -25,15 +29,86 @@ _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _CLOSED = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
 
 
-def connect(path: Path, timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+class SqliteConnection(sqlite3.Connection):
+    """SQLite's own connection with the name of its dialect."""
+
+    dialect: ClassVar[Dialect] = "sqlite"
+
+    def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Insert many new rows with one prepared statement."""
+        marks = ", ".join("?" * len(columns))
+        self.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
+
+
+def connect(path: Path, timeout_s: float = BUSY_TIMEOUT_S) -> SqliteConnection:
     """A connection in autocommit mode (transactions are ours), usable from any thread under a lock."""
     with translated(path):
         connection = sqlite3.connect(
-            path, timeout=timeout_s, isolation_level=None, check_same_thread=False, cached_statements=512
+            path,
+            timeout=timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=512,
+            factory=SqliteConnection,
         )
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
     return connection
+
+
+class SqliteDatabase:
+    """Implements `store.database.Database`: one connection writes and one reads.
+
+    WAL lets them not wait for each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer, self._reader = connect(path), connect(path)
+        self._read_lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def translated(self) -> AbstractContextManager[None]:
+        """SQLite's errors as ours."""
+        return translated(self.path)
+
+    def read(self, question: Callable[[Connection], T]) -> T:
+        """Ask on the connection that only reads."""
+        with self._read_lock:
+            return question(self._reader)
+
+    def begin(self) -> Connection:
+        """BEGIN IMMEDIATE on the connection that writes."""
+        begin(self._writer)
+        return self._writer
+
+    def commit(self) -> None:
+        """COMMIT: fsync'd when it returns."""
+        self._writer.execute("COMMIT")
+
+    def rollback(self) -> None:
+        """ROLLBACK, if a transaction is open: some errors end it by themselves."""
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def before_erasing(self, connection: Connection) -> None:
+        """Have what is deleted overwritten with zeros."""
+        connection.execute("PRAGMA secure_delete=ON")
+
+    def after_erasing(self) -> None:
+        """The old page also stands in the log: empty it."""
+        self._writer.execute("PRAGMA secure_delete=OFF")
+        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """Close both."""
+        with self._read_lock:
+            self._writer.close()
+            self._reader.close()
 
 
 def begin(connection: sqlite3.Connection, timeout_s: float = BUSY_TIMEOUT_S) -> None:

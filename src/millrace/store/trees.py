@@ -14,7 +14,7 @@ import msgspec
 
 from millrace.core.errors import ConflictError, CorruptError, InputError
 from millrace.core.ids import canonical_json, new_id
-from millrace.core.types import TreeEntry
+from millrace.core.types import Artifact, TreeEntry
 
 _DECODER = msgspec.json.Decoder(list[TreeEntry])
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES})
@@ -98,18 +98,38 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
             raise InputError(f"{entry.path} is a symbolic link or a device: a tree holds regular files only")
 
 
-def materialize(entries: Sequence[TreeEntry], folder: Path, blob: Callable[[str], Path]) -> Path:
+def put_files(folder: Path, put: Callable[[Path], Artifact]) -> list[TreeEntry]:
+    """Store every regular file below a folder; the entries of its listing.
+
+    Raises:
+        InputError: The folder does not exist, or holds a link, a device or a name that is not portable.
+    """
+    entries = []
+    for name, file in files_below(folder):
+        stored = put(file)
+        entries.append(TreeEntry(path=name, digest=stored.digest, size_bytes=stored.size_bytes))
+    return entries
+
+
+def materialize(
+    entries: Sequence[TreeEntry],
+    folder: Path,
+    blob: Callable[[str], Path],
+    at_hand: Callable[[str], Path | None] | None = None,
+) -> Path:
     """Write files into a new folder: built beside it, then renamed, so that it is never seen half.
 
     Args:
         entries: A checked listing.
         folder: Where; may exist only if it holds exactly this tree, or is empty.
         blob: Gives the verified file of a digest.
+        at_hand: The same where asking costs nothing, else None: a folder that holds the tree needs no download.
 
     Raises:
         ConflictError: The folder exists and holds something else.
     """
-    if folder.is_dir() and _holds(folder, entries, blob):
+    at_hand = at_hand or blob
+    if folder.is_dir() and _holds(folder, entries, at_hand):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temp = folder.with_name(f".{folder.name}.{new_id()}")
@@ -124,7 +144,7 @@ def materialize(entries: Sequence[TreeEntry], folder: Path, blob: Callable[[str]
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            if not (folder.is_dir() and _holds(folder, entries, blob)):  # else: another process was quicker
+            if not (folder.is_dir() and _holds(folder, entries, at_hand)):  # else: another process was quicker
                 raise ConflictError(
                     f"{folder} exists and holds something else than the tree",
                     hint="remove it, or choose another folder",
@@ -145,14 +165,14 @@ def _place(source: Path, target: Path) -> None:
         target.chmod(0o444)
 
 
-def _holds(folder: Path, entries: Sequence[TreeEntry], blob: Callable[[str], Path]) -> bool:
+def _holds(folder: Path, entries: Sequence[TreeEntry], at_hand: Callable[[str], Path | None]) -> bool:
     """Whether a folder holds exactly these files: the blob's own inode, or equal bytes."""
     wanted = {entry.path: entry for entry in entries}
     found: set[str] = set()
     try:
         for name, file in files_below(folder):
             entry = wanted.get(name)
-            if entry is None or not _is_intact(file, entry, blob):
+            if entry is None or not _is_intact(file, entry, at_hand):
                 return False
             found.add(name)
     except InputError:  # a link or a device: not ours
@@ -160,11 +180,12 @@ def _holds(folder: Path, entries: Sequence[TreeEntry], blob: Callable[[str], Pat
     return found == set(wanted) and (bool(found) or not any(folder.iterdir()))
 
 
-def _is_intact(file: Path, entry: TreeEntry, blob: Callable[[str], Path]) -> bool:
+def _is_intact(file: Path, entry: TreeEntry, at_hand: Callable[[str], Path | None]) -> bool:
     state = file.lstat()
     if not stat.S_ISREG(state.st_mode) or state.st_size != entry.size_bytes:
         return False
-    if os.path.samestat(state, blob(entry.digest).stat()):
+    blob = at_hand(entry.digest)
+    if blob is not None and os.path.samestat(state, blob.stat()):
         return True
     with file.open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest() == entry.digest

@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from millrace.core.errors import ConflictError, CorruptError, InputError, NotFou
 from millrace.core.ids import digest_bytes
 from millrace.core.ports import Blobs
 from millrace.core.types import TREE_MEDIA_TYPE, TreeEntry
+from millrace.store.blob_abilities import SupportsAge
 
+CLOCK_STEP_S = 1.1  # S3 tells whole seconds
 ABSENT = "sha256:" + "0" * 64
 FILES = {"a.txt": b"alpha", "deep/er/b.bin": bytes(range(256)) * 40, "empty": b""}
 
@@ -225,3 +228,39 @@ class BlobsConformance:
 def _plain_json(entries: list[TreeEntry]) -> bytes:
     rows = (f'{{"path":"{e.path}","digest":"{e.digest}","size_bytes":{e.size_bytes}}}' for e in entries)
     return f"[{','.join(rows)}]".replace("\\", "\\\\").encode()
+
+
+class BlobAgeConformance:
+    """What blobs that garbage collection asks for their age must do; mixed into a class of `BlobsConformance`."""
+
+    def test_age(self, blobs: Blobs) -> None:
+        assert isinstance(blobs, SupportsAge)
+        before = time.time()
+        digest = blobs.put(b"some bytes").digest
+        first = blobs.modified_at(digest)
+        assert before - CLOCK_STEP_S <= first <= time.time() + CLOCK_STEP_S
+        time.sleep(CLOCK_STEP_S)  # stores count in whole seconds
+        blobs.touch(digest)
+        assert blobs.modified_at(digest) > first
+
+    def test_putting_the_bytes_again_makes_it_young(self, blobs: Blobs, tmp_path: Path) -> None:
+        assert isinstance(blobs, SupportsAge)
+        (tmp_path / "file").write_bytes(b"some bytes")
+        age = blobs.modified_at(blobs.put(b"some bytes").digest)
+        time.sleep(CLOCK_STEP_S)
+        digest = blobs.put(tmp_path / "file").digest
+        assert blobs.modified_at(digest) > age
+        assert blobs.read(digest) == b"some bytes"
+        assert len(list(blobs.list())) == 1
+
+    def test_an_absent_blob_has_no_age(self, blobs: Blobs) -> None:
+        assert isinstance(blobs, SupportsAge)
+        for ask in (blobs.modified_at, blobs.touch):
+            with pytest.raises(NotFoundError, match="sha256:000"):
+                ask(ABSENT)
+        digest = blobs.put(b"x").digest
+        blobs.touch(digest)
+        assert blobs.delete(digest)
+        with pytest.raises(NotFoundError, match=digest):
+            blobs.modified_at(digest)
+        assert list(blobs.list()) == []

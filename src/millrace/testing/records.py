@@ -17,7 +17,7 @@ import pytest
 
 from millrace.core.errors import ConflictError, InputError
 from millrace.core.ports import Records
-from millrace.core.types import Alert, Artifact, DatasetVersion, Event, Lease, MetricPoint, Run, Step
+from millrace.core.types import Alert, Alias, Artifact, DatasetVersion, Event, Lease, MetricPoint, Run, Step
 
 
 def step(id: str, **fields: object) -> Step:
@@ -139,6 +139,35 @@ class RecordsConformance:
             records.put(Run(id=id, created_at=7.0))
         assert [run.id for run in records.find(Run)] == ["a", "b", "c"]
         assert [run.id for run in records.find(Run, order="-created_at")] == ["c", "b", "a"]
+
+    def test_order_of_what_may_be_absent_and_of_text(self, records: Records) -> None:
+        artifact = Artifact(digest="sha256:0", size_bytes=1)
+        for number, run_id in enumerate(["b", None, "B", "é", "a\U0001f600", "a\uffff", "", "_"]):
+            records.put(DatasetVersion(id=str(number), name="d", number=number, artifact=artifact, run_id=run_id))
+        ordered = [None, "", "B", "_", "a\uffff", "a\U0001f600", "b", "é"]  # by code point, absent first
+        assert [one.run_id for one in records.find(DatasetVersion, order="run_id")] == ordered
+        assert [one.run_id for one in records.find(DatasetVersion, order="-run_id")] == ordered[::-1]
+
+    def test_find_with_numbers_of_any_size(self, records: Records) -> None:
+        big = 2**53 + 1
+        records.put(Alias(id="a", model="m", name="a", number=big))
+        records.put(Run(id="r", created_at=float(2**53)))
+        for want, found in ((big, 1), (float(2**53), 0), (2**53, 0), (2**63, 0), (-(2**70), 0), ([1, big], 1)):
+            assert len(records.find(Alias, {"number": want})) == found
+        for want, found in ((2**53, 1), (big, 0), (math.nan, 0), (math.inf, 0), (float(2**53), 1)):
+            assert len(records.find(Run, {"created_at": want})) == found
+        assert records.find(Run, {"created_at": float(2**53)}, limit=2**70, offset=2**70) == []
+
+    def test_a_nul_character_is_refused_where_a_column_holds_it(self, records: Records) -> None:
+        with pytest.raises(InputError, match="NUL"):
+            records.put(Run(id="r", name="a\0b"))
+        with pytest.raises(InputError, match="NUL"):
+            records.append_metrics([MetricPoint("r", "a\0b", 0, 1.0, 0.0)])
+        with pytest.raises(InputError, match="NUL"), records.transaction() as transaction:
+            transaction.append(Event(at=1.0, actor="a\0", verb="v", subject="s"))
+        assert records.find(Run, {"name": "a\0b"}) == []
+        text = "a\0b"
+        assert records.put(Run(id="r", tags={text: text})) == records.get(Run, "r")  # bodies may
 
     def test_find_none_and_numbers(self, records: Records) -> None:
         artifact = Artifact(digest="sha256:0", size_bytes=1)

@@ -64,7 +64,7 @@ def core_graph(
         module: On the CPU.
         shape: Of one row of features.
         is_good: Whether a graph answers as the module does; a graph that does not gives way to the
-            next exporter, and the last one is returned all the same.
+            next exporter's. Where none is good the first is returned: how it differs says most.
 
     Raises:
         StageError: No exporter can do it; the cause of each is named.
@@ -80,12 +80,13 @@ def core_graph(
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", UserWarning)
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage] - what was traced is verified on real rows
-                made = exporter(module, example), name
+                graph = exporter(module, example)
         except _FAILURES as error:
             causes.append(f"{name}: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}")
             continue
-        if is_good is None or is_good(made[0]):
-            return made
+        if is_good is None or is_good(graph):
+            return graph, name
+        made = made or (graph, name)
     if made is not None:
         return made
     raise StageError(

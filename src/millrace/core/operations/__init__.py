@@ -24,7 +24,9 @@ class Operation(Struct, frozen=True, kw_only=True):
     """One verb.
 
     `name` is noun.verb; `is_write` operations are audited; `is_stream` ones answer with a sequence;
-    `method` and `path` are its HTTP route; `subject_field` names the request field that says on what.
+    `is_raw` ones send or take plain bytes over HTTP, by a route of their own;
+    `method` and `path` are its HTTP route; `subject_field` names the request field that says on what. A stream
+    can be resumed: `cursor_field` of an answer is where it stands, `resume_field` of the request goes on there.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Operation(Struct, frozen=True, kw_only=True):
     is_audited: bool = True
     subject_kind: str = "project"
     subject_field: str | None = None
+    is_raw: bool = False
+    cursor_field: str | None = None
+    resume_field: str | None = None
     example: dict[str, Any] = {}
 
     def subject(self, body: Any) -> str:

@@ -33,6 +33,19 @@ class ServeEvent(Struct, frozen=True, kw_only=True):
     facts: dict[str, Any] = {}
 
 
+class DeployRequest(Request, frozen=True, kw_only=True):
+    """Keep a model served at an endpoint; with an alias the endpoint follows it.
+
+    `variant`: the version's chosen one when absent. `isolate`: a serving process of its own.
+    """
+
+    model: str
+    endpoint: str
+    variant: str | None = None
+    threads: int = 1
+    isolate: bool = False
+
+
 class AlertList(Page, frozen=True, kw_only=True):
     """Alerts, newest first."""
 
@@ -52,6 +65,22 @@ class GcResponse(Struct, frozen=True, kw_only=True):
     size_bytes: int
     kept: int
     applied: bool
+
+
+class MigrateRequest(Request, frozen=True, kw_only=True):
+    """Where to: `postgresql://…`, `s3://…`, or `home` for the files in the home's folder."""
+
+    records_to: str | None = None
+    blobs_to: str | None = None
+
+
+class MigrateResponse(Struct, frozen=True, kw_only=True):
+    """What was copied; `digest` is of all rows, equal on both sides; `next` is what to do now."""
+
+    rows: int
+    blobs: int
+    digest: str
+    next: str
 
 
 class DiskUsage(Struct, frozen=True, kw_only=True):
@@ -96,6 +125,16 @@ SERVE_ENDPOINT = Operation(
     response=ServeEvent, method="POST", path="/endpoints/serve", is_write=True, is_stream=True,
     subject_kind="model", subject_field="model", example={"model": "digits@champion"},
 )  # fmt: skip
+DEPLOY_ENDPOINT = Operation(
+    name="endpoint.deploy", summary="Keep a model served at an endpoint.", request=DeployRequest,
+    response=Endpoint, method="POST", path="/endpoints", is_write=True, subject_kind="endpoint",
+    subject_field="endpoint", example={"model": "digits@champion", "endpoint": "digits"},
+)  # fmt: skip
+DELETE_ENDPOINT = Operation(
+    name="endpoint.delete", summary="Stop serving an endpoint, and forget it.", request=NameRequest,
+    response=Endpoint, method="DELETE", path="/endpoints/{name}", is_write=True, subject_kind="endpoint",
+    subject_field="name", example={"name": "digits"},
+)  # fmt: skip
 LIST_ALERTS = Operation(
     name="alert.list", summary="Alerts, newest first.", request=AlertList, response=list[Alert], method="GET",
     path="/alerts",
@@ -113,6 +152,11 @@ COLLECT_GARBAGE = Operation(
     name="system.gc", summary="Free blobs that nothing refers to.", request=GcRequest, response=GcResponse,
     method="POST", path="/system/gc", is_write=True,
 )  # fmt: skip
+MIGRATE_SYSTEM = Operation(
+    name="system.migrate", summary="Copy records or blobs to another, empty store, and compare.",
+    request=MigrateRequest, response=MigrateResponse, method="POST", path="/system/migrate", is_write=True,
+    is_audited=False, example={"records_to": "home"},
+)  # fmt: skip
 MEASURE_DISK = Operation(
     name="system.du", summary="What takes the space.", request=Request, response=DiskUsage, method="GET",
     path="/system/du",
@@ -126,6 +170,6 @@ READ_STATUS = Operation(
     method="GET", path="/system/status",
 )  # fmt: skip
 OPERATIONS = (
-    LIST_ENDPOINTS, GET_ENDPOINT, SERVE_ENDPOINT, LIST_ALERTS, GET_ALERT, RESOLVE_ALERT, COLLECT_GARBAGE,
-    MEASURE_DISK, CHECK_SYSTEM, READ_STATUS,
+    LIST_ENDPOINTS, GET_ENDPOINT, SERVE_ENDPOINT, DEPLOY_ENDPOINT, DELETE_ENDPOINT, LIST_ALERTS, GET_ALERT, RESOLVE_ALERT, COLLECT_GARBAGE,
+    MIGRATE_SYSTEM, MEASURE_DISK, CHECK_SYSTEM, READ_STATUS,
 )  # fmt: skip

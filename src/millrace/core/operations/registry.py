@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from millrace.core.operations import Operation, Page, Request
-from millrace.core.types import Alias, DatasetVersion, ModelVersion, Struct
+from millrace.core.types import Alias, DatasetVersion, Model, ModelVersion, Struct
 
 
 class DatasetRequest(Request, frozen=True, kw_only=True):
@@ -125,7 +125,38 @@ class CompressResponse(Struct, frozen=True, kw_only=True):
     folder: str
 
 
+class ModelName(Request, frozen=True, kw_only=True):
+    """A whole model, with all its versions."""
+
+    name: str
+
+
+class ModelUpdate(ModelName, frozen=True, kw_only=True):
+    """A new name, a description, tags to set, tags to remove."""
+
+    new_name: str | None = None
+    description: str | None = None
+    tags: dict[str, str] = {}
+    removed_tags: list[str] = []
+
+
+class VersionNumber(ModelName, frozen=True, kw_only=True):
+    """One version of a model, by its number."""
+
+    number: int
+
+
+class VersionUpdate(VersionNumber, frozen=True, kw_only=True):
+    """A description, tags to set, tags to remove."""
+
+    description: str | None = None
+    tags: dict[str, str] = {}
+    removed_tags: list[str] = []
+
+
 _MODEL = {"model": "digits@champion"}
+_NAME = {"name": "digits"}
+_VERSION = {"name": "digits", "number": 1}
 LIST_DATASETS = Operation(
     name="dataset.list", summary="Dataset versions, newest first.", request=Page, response=list[DatasetVersion],
     method="GET", path="/datasets",
@@ -179,7 +210,27 @@ COMPRESS_MODEL = Operation(
     request=CompressRequest, response=CompressResponse, method="POST", path="/models/compress",
     example={"path": "model.onnx", "data": "rows.parquet", "label": "y"},
 )  # fmt: skip
+UPDATE_MODEL = Operation(
+    name="model.update", summary="Rename, describe or tag a model.", request=ModelUpdate, response=Model,
+    method="PATCH", path="/models/{name}", is_write=True, subject_kind="model", subject_field="name",
+    example={**_NAME, "description": "handwritten digits"},
+)  # fmt: skip
+DELETE_MODEL = Operation(
+    name="model.delete", summary="Delete a model with all its versions.", request=ModelName, response=Model,
+    method="DELETE", path="/models/{name}", is_write=True, subject_kind="model", subject_field="name", example=_NAME,
+)  # fmt: skip
+UPDATE_VERSION = Operation(
+    name="version.update", summary="Describe or tag a model version.", request=VersionUpdate, response=ModelVersion,
+    method="PATCH", path="/models/{name}/versions/{number}", is_write=True, subject_kind="model",
+    subject_field="name", example={**_VERSION, "description": "trained on clean rows"},
+)  # fmt: skip
+DELETE_VERSION = Operation(
+    name="version.delete", summary="Delete a model version; its number is never used again.",
+    request=VersionNumber, response=ModelVersion, method="DELETE", path="/models/{name}/versions/{number}",
+    is_write=True, subject_kind="model", subject_field="name", example=_VERSION,
+)  # fmt: skip
 OPERATIONS = (
     LIST_DATASETS, GET_DATASET, DIFF_DATASETS, LIST_MODELS, GET_MODEL, REGISTER_MODEL, PROMOTE_MODEL,
-    ROLLBACK_MODEL, EXPORT_MODEL, OPEN_MODEL, COMPRESS_MODEL,
+    ROLLBACK_MODEL, EXPORT_MODEL, OPEN_MODEL, COMPRESS_MODEL, UPDATE_MODEL, DELETE_MODEL,
+    UPDATE_VERSION, DELETE_VERSION,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from millrace.core.operations import Operation, Page, Request
+from millrace.core.search import RunValues
 from millrace.core.types import MetricPoint, Run, Step, Struct
 
 
@@ -74,7 +75,7 @@ class PlannedStep(Struct, frozen=True, kw_only=True):
     """What a run would do with a step, and why."""
 
     name: str
-    action: str  # "run" | "cached" | "unknown"
+    action: str  # "run" | "may run" (its inputs may come out as they were) | "cached"
     reason: str
 
 
@@ -92,11 +93,12 @@ class Submitted(Struct, frozen=True, kw_only=True):
 
 
 class RunView(Struct, frozen=True, kw_only=True):
-    """A run with its steps and their facts."""
+    """A run with its steps and their facts; its parameters, tags and latest metrics."""
 
     run: Run
     steps: list[Step]
     report_path: str | None = None
+    values: RunValues = RunValues()
 
 
 class RunEvent(Struct, frozen=True, kw_only=True):
@@ -194,6 +196,10 @@ DELETE_RUN = Operation(
     response=Run, method="DELETE", path="/runs/{run}", is_write=True, subject_kind="run", subject_field="run",
     example=_RUN,
 )  # fmt: skip
+RESTORE_RUN = Operation(
+    name="run.restore", summary="Bring a deleted run back.", request=RunRequest, response=Run, method="POST",
+    path="/runs/{run}/restore", is_write=True, subject_kind="run", subject_field="run", example=_RUN,
+)  # fmt: skip
 READ_LOGS = Operation(
     name="run.logs", summary="What a step printed.", request=LogsRequest, response=LogsResponse, method="GET",
     path="/runs/{run}/logs", subject_kind="run", subject_field="run", example=_RUN,
@@ -221,6 +227,6 @@ TRACK_END = Operation(
     path="/runs/{run}/end", is_write=True, subject_kind="run", subject_field="run", example={"run": "last"},
 )  # fmt: skip
 OPERATIONS = (
-    PLAN_RUN, SUBMIT_RUN, DRIVE_RUN, LIST_RUNS, GET_RUN, DIFF_RUNS, CANCEL_RUN, DELETE_RUN, READ_LOGS,
+    PLAN_RUN, SUBMIT_RUN, DRIVE_RUN, LIST_RUNS, GET_RUN, DIFF_RUNS, CANCEL_RUN, DELETE_RUN, RESTORE_RUN, READ_LOGS,
     READ_METRICS, TRACK_START, TRACK_LOG, TRACK_ARTIFACT, TRACK_END,
 )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from millrace.core.operations import Operation, live, registry, runs
+from millrace.core.operations import Operation, blobs, following, live, projects, registry, runs
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for module in (runs, registry, live) for operation in module.OPERATIONS
+    operation.name: operation
+    for module in (runs, projects, registry, live, following, blobs)
+    for operation in module.OPERATIONS
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from millrace.store.columns import BYTES, INTEGER, JSON_TEXT, REAL, TEXT
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -14,20 +16,19 @@ depends_on = None
 def _columns(*names: str) -> list[sa.Column]:
     """Own columns: a trailing `#` means integer, a trailing `?` nullable."""
     return [
-        sa.Column(name.rstrip("#?"), sa.Integer if "#" in name else sa.Text, nullable=name.endswith("?"))
-        for name in names
+        sa.Column(name.rstrip("#?"), INTEGER if "#" in name else TEXT, nullable=name.endswith("?")) for name in names
     ]
 
 
 def _record_table(table: str, columns: list[sa.Column], indexes: tuple[tuple[str, ...], ...] = ()) -> None:
     op.create_table(
         table,
-        sa.Column("id", sa.Text, primary_key=True, nullable=False),
-        sa.Column("project", sa.Text, nullable=False),
-        sa.Column("created_at", sa.Float, nullable=False),
-        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("project", TEXT, nullable=False),
+        sa.Column("created_at", REAL, nullable=False),
+        sa.Column("version", INTEGER, nullable=False),
         *columns,
-        sa.Column("body", sa.JSON, nullable=False),
+        sa.Column("body", JSON_TEXT, nullable=False),
     )
     for names in indexes:
         op.create_index(f"ix_{table}_{'_'.join(names)}", table, list(names))
@@ -50,18 +51,18 @@ def upgrade() -> None:
     _events()
     op.create_table(
         "metrics",
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("run_id", sa.Text, nullable=False),
-        sa.Column("name", sa.Text, nullable=False),
-        sa.Column("step", sa.Integer, nullable=False),
-        sa.Column("value", sa.Float),
-        sa.Column("at", sa.Float, nullable=False),
+        sa.Column("id", INTEGER, primary_key=True),
+        sa.Column("run_id", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("step", INTEGER, nullable=False),
+        sa.Column("value", REAL),
+        sa.Column("at", REAL, nullable=False),
     )
-    op.create_index("ix_metrics_run_id", "metrics", ["run_id"])
+    op.create_index("ix_metrics_run_id", "metrics", ["run_id", "id"])
     op.create_table(
         "meta",
-        sa.Column("key", sa.Text, primary_key=True, nullable=False),
-        sa.Column("value", sa.Text, nullable=False),
+        sa.Column("key", TEXT, primary_key=True, nullable=False),
+        sa.Column("value", TEXT, nullable=False),
     )
 
 
@@ -69,23 +70,23 @@ def _events() -> None:
     unsealed = sa.text("seq IS NULL")
     op.create_table(
         "events",
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("seq", sa.Integer, unique=True),
-        sa.Column("at", sa.Float, nullable=False),
-        sa.Column("actor", sa.Text, nullable=False),
-        sa.Column("verb", sa.Text, nullable=False),
-        sa.Column("subject", sa.Text, nullable=False),
-        sa.Column("commitment", sa.Text, nullable=False),
-        sa.Column("chain", sa.Text),
+        sa.Column("id", INTEGER, primary_key=True),
+        sa.Column("seq", INTEGER, unique=True),
+        sa.Column("at", REAL, nullable=False),
+        sa.Column("actor", TEXT, nullable=False),
+        sa.Column("verb", TEXT, nullable=False),
+        sa.Column("subject", TEXT, nullable=False),
+        sa.Column("commitment", TEXT, nullable=False),
+        sa.Column("chain", TEXT),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_events_subject_seq", "events", ["subject", "seq"])
     op.create_index("ix_events_unsealed", "events", ["id"], sqlite_where=unsealed, postgresql_where=unsealed)
     op.create_table(
         "event_details",
-        sa.Column("event_id", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("salt", sa.LargeBinary, nullable=False),
-        sa.Column("detail", sa.JSON, nullable=False),
+        sa.Column("event_id", INTEGER, primary_key=True, autoincrement=False),
+        sa.Column("salt", BYTES, nullable=False),
+        sa.Column("detail", JSON_TEXT, nullable=False),
     )
 
 

@@ -1,0 +1,317 @@
+"""`millrace up`: one process tree. The parent binds, forks API processes and the loop, and restarts what dies.
+
+The parent imports the application and does nothing else: it opens no records and has no threads, so that
+its children, forked at any time, are whole, and share its memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+import uvicorn
+
+import millrace
+from millrace.api import meters
+from millrace.api.app import build_app
+from millrace.control.deployments import Reconciler
+from millrace.control.dispatch import Dispatcher
+from millrace.control.loop import Loop
+from millrace.core import server_file
+from millrace.core.errors import ConflictError, DeniedError, MillraceError, UnavailableError
+from millrace.core.server_file import ServerFile
+from millrace.core.types import Struct
+from millrace.store.leases import host_id, process_start
+
+BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+STEADY_S = 10.0  # who lived so long has not crashed at its start
+GRACE_S = 15.0  # then what has not stopped is killed
+START_TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1
+log = logging.getLogger("millrace.up")
+
+
+class UpConfig(Struct, frozen=True, kw_only=True):
+    """What to serve and where."""
+
+    home: str
+    host: str = "127.0.0.1"
+    port: int = 7070
+    serve_port: int = 0  # of the endpoints; 0 takes a free one
+    workers: int = 1
+
+
+class Child:
+    """A role in the tree, and the process that has it now."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self.name, self._work = name, work
+        self.pid = 0
+        self._began = 0.0
+        self._crashes = 0
+        self.due_at = 0.0
+
+    def start(self) -> None:
+        """Fork a process for the role."""
+        self._began = time.monotonic()
+        self.pid = _fork(self._work)
+
+    def has_ended(self, status: int) -> None:
+        """Plan the restart: at once the first time, later and later while it keeps dying."""
+        lived_s = time.monotonic() - self._began
+        self._crashes = 1 if lived_s > STEADY_S else self._crashes + 1
+        wait_s = BACKOFF_S[min(self._crashes - 1, len(BACKOFF_S) - 1)]
+        self.due_at = time.monotonic() + wait_s
+        self.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        log.warning("%s ended with %d after %.1f s; again in %.1f s", self.name, code, lived_s, wait_s)
+
+
+class Supervisor:
+    """The parent.
+
+    Args:
+        config: What to serve and where.
+        open_dispatcher: Opens the home; called in children only.
+    """
+
+    def __init__(self, config: UpConfig, open_dispatcher: Callable[[], Dispatcher]) -> None:
+        self._config = config
+        self._open = open_dispatcher
+        self._home = Path(config.home)
+        self._stopping = False
+        self._lock: IO[bytes] | None = None
+        self._metrics = Path(os.environ[meters.FOLDER_VARIABLE])
+
+    def run(self, on_ready: Callable[[str], None]) -> int:
+        """Serve until SIGTERM or SIGINT.
+
+        Args:
+            on_ready: Called with the URL once requests are answered.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            ConflictError: Another server serves this home.
+            UnavailableError: The port is taken, or the home cannot be opened.
+        """
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_home(self._home)
+        listener = bind(self._config.host, self._config.port)
+        self._metrics.mkdir(parents=True, exist_ok=True)
+        try:
+            _once(self._prepare)
+            return self._supervise(listener, on_ready)
+        finally:
+            server_file.remove(self._home, os.getpid())
+            shutil.rmtree(self._metrics, ignore_errors=True)
+            listener.close()
+
+    def _prepare(self) -> None:
+        """In a child: create or migrate the records, which needs much memory once."""
+        dispatcher = self._open()
+        _ = dispatcher.services.records
+        dispatcher.close()
+
+    def _supervise(self, listener: socket.socket, on_ready: Callable[[str], None]) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        port = listener.getsockname()[1]
+        url = f"http://{self._config.host}:{port}"
+        children = [Child("loop", self._run_loop)]
+        for index in range(self._config.workers):
+            children.append(Child(f"api {index}", lambda: self._run_api(listener)))
+        for child in children:
+            child.start()
+        server_file.write(self._home, self._describe(url))
+        _wait_until_ready(self._config.host, port, lambda: self._stopping)
+        if not self._stopping:
+            on_ready(url)
+        while not self._stopping:
+            self._watch(children)
+            time.sleep(0.1)
+        return _stop(children)
+
+    def _describe(self, url: str) -> ServerFile:
+        return ServerFile(
+            url=url, pid=os.getpid(), boot_id=host_id(), process_started=process_start(os.getpid()) or "",
+            version=millrace.__version__, started_at=time.time(),
+        )  # fmt: skip
+
+    def _on_signal(self, *_: object) -> None:
+        self._stopping = True
+
+    def _watch(self, children: list[Child]) -> None:
+        for child in children:
+            if child.pid:
+                pid, status = os.waitpid(child.pid, os.WNOHANG)
+                if pid:
+                    child.has_ended(status)
+            elif time.monotonic() >= child.due_at:
+                child.start()
+
+    def _run_loop(self) -> None:
+        dispatcher = self._open()
+        reconciler = Reconciler(dispatcher.services, self._config.serve_port)
+        loop = Loop(dispatcher.services, [reconciler])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: loop.stop())
+        try:
+            loop.run()
+        finally:
+            reconciler.close()
+            dispatcher.close()
+
+    def _run_api(self, listener: socket.socket) -> None:
+        dispatcher = self._open()
+        served: list[uvicorn.Server] = []
+        app = build_app(dispatcher, is_stopping=lambda: bool(served) and served[0].should_exit)
+        config = uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=int(GRACE_S) - 5, timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
+        )  # fmt: skip
+        served.append(uvicorn.Server(config))
+        try:
+            served[0].run(sockets=[listener])
+        finally:
+            dispatcher.close()
+
+
+def lock_home(home: Path) -> IO[bytes]:
+    """Hold the home for this server; the kernel lets go of it with the process.
+
+    Raises:
+        ConflictError: Another server has it; says which.
+    """
+    lock = (home / "server.lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        holder = server_file.read(home)
+        who = f"process {holder.pid} at {holder.url}" if holder else "a process that is just starting"
+        raise ConflictError(f"{home} is served already, by {who}", hint="use that one, or stop it first") from None
+    return lock
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        DeniedError: The host is not a loopback address.
+        UnavailableError: The port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise UnavailableError(f"{host!r} is not an address of this machine: {error}") from None
+    address = found[4]
+    if not (str(address[0]).startswith("127.") or address[0] == "::1"):
+        raise DeniedError(
+            f"{host} can be reached by others, and nobody is asked yet who they are",
+            hint="bind 127.0.0.1, and put a proxy with authentication in front",
+        )
+    listener = socket.socket(found[0], socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UnavailableError(
+            f"port {port} on {host} cannot be used: {error.strerror}", hint="--port 0 takes a free one"
+        ) from None
+    listener.listen(2048)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _fork(work: Callable[[], None]) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    _become_child(parent, work)
+
+
+def _become_child(parent: int, work: Callable[[], None]) -> NoReturn:
+    """The child's whole life: it never returns into the parent's code."""
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == parent:
+            work()
+        code = 0
+    except MillraceError as error:
+        log.error("%s", error.message)
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _once(work: Callable[[], None]) -> None:
+    """Do something in a child and wait; its error is raised here."""
+    read, write = os.pipe()
+
+    def tell() -> None:
+        try:
+            work()
+        except MillraceError as error:
+            os.write(write, json.dumps(error.to_dict(), default=str).encode()[:60_000])
+
+    pid = _fork(tell)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if told:
+        described = json.loads(told)
+        raise UnavailableError(described["message"], hint=described["hint"])
+    if status:
+        raise UnavailableError("the home could not be opened", hint="the lines above say why; see `millrace doctor`")
+
+
+def _wait_until_ready(host: str, port: int, is_stopping: Callable[[], bool]) -> None:
+    """Until an API process takes connections: the socket listens before there is one."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and not is_stopping():
+        try:
+            with socket.create_connection((host, port), timeout=2.0) as probe:
+                probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                if probe.recv(64).startswith(b"HTTP/1.1 200"):
+                    return
+        except OSError:
+            time.sleep(0.05)
+
+
+def _stop(children: list[Child]) -> int:
+    """SIGTERM to all, SIGKILL to those that have not ended within the grace."""
+    alive = [child for child in children if child.pid]
+    for child in alive:
+        os.kill(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while alive:
+        alive = [child for child in alive if os.waitpid(child.pid, os.WNOHANG)[0] == 0]
+        if alive and time.monotonic() > deadline:
+            for child in alive:
+                os.kill(child.pid, signal.SIGKILL)
+                os.waitpid(child.pid, 0)
+            return 1
+        time.sleep(0.02)
+    return 0

@@ -1,0 +1,165 @@
+"""The Transport over HTTP: the same operations, asked of a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import httpx_sse
+import msgspec
+
+from millrace.core.errors import InputError, MillraceError, NotFoundError, UnavailableError, from_dict
+from millrace.core.operations import Operation
+from millrace.core.operations.table import OPERATIONS
+from millrace.core.spec_errors import decode_hook
+
+PREFIX = "/api/v1"
+MSGPACK = "application/msgpack"
+CONNECT_TIMEOUT_S = 5.0
+RETRIES = 3  # of the connection only: a request that may have arrived is never sent twice
+_SSE_IDLE_S = 60.0
+
+
+class HttpTransport:
+    """Implements `core.ports.Transport`. Thread-safe.
+
+    Args:
+        url: The server, for example `http://127.0.0.1:7070`.
+
+    Raises:
+        InputError: The URL is not one of HTTP.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"a server's URL must begin with http:// or https://, got {url!r}")
+        self.url = url.rstrip("/")
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # an operation takes as long as it takes
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, transport=httpx.HTTPTransport(retries=RETRIES), trust_env=False
+        )
+
+    def call(self, operation: str, body: Mapping[str, Any]) -> Any:
+        """Ask for one operation.
+
+        Raises:
+            UnavailableError: The server cannot be reached.
+            MillraceError: Whatever the operation raises there.
+        """
+        chosen = _find(operation)
+        with reaching(self.url):
+            answer = self._http.send(self._request(chosen, body, MSGPACK))
+        if answer.is_error:
+            raise error_of(answer)
+        return msgspec.msgpack.decode(answer.content, type=chosen.response, strict=False, dec_hook=decode_hook)
+
+    def stream(self, operation: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """Ask for an operation that answers with a sequence; goes on after a broken line where it can."""
+        chosen = _find(operation)
+        return self._events(chosen, dict(body))
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def _events(self, chosen: Operation, body: dict[str, Any]) -> Iterator[Any]:
+        while True:
+            cursor = None
+            try:
+                with reaching(self.url):
+                    yield from self._once(chosen, body)
+                return
+            except _BrokenStreamError as broken:
+                cursor = broken.cursor
+                if chosen.resume_field is None or cursor is None:
+                    raise UnavailableError(f"{self.url} ended {chosen.name} before it was finished") from None
+            body = {**body, chosen.resume_field: cursor}
+
+    def _once(self, chosen: Operation, body: dict[str, Any]) -> Iterator[Any]:
+        request = self._request(chosen, body, "text/event-stream")
+        request.extensions["timeout"] = {**request.extensions["timeout"], "read": _SSE_IDLE_S}
+        answer = self._http.send(request, stream=True)
+        cursor: int | None = None
+        try:
+            if answer.is_error:
+                answer.read()
+                raise error_of(answer)
+            for event in httpx_sse.EventSource(answer).iter_sse():
+                if event.event == "end":
+                    return
+                if event.event == "error":
+                    raise from_dict(msgspec.json.decode(event.data))
+                cursor = int(event.id) if event.id else None
+                yield msgspec.json.decode(event.data, type=chosen.response, dec_hook=decode_hook)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout):
+            raise _BrokenStreamError(cursor) from None
+        finally:
+            answer.close()
+        raise _BrokenStreamError(cursor)  # the server ended the line without saying that it was the end
+
+    def _request(self, chosen: Operation, body: Mapping[str, Any], accept: str) -> httpx.Request:
+        fields = msgspec.to_builtins(dict(body), builtin_types=(bytes,))
+        path = chosen.path
+        for name in list(fields):
+            if f"{{{name}}}" in path:
+                path = path.replace(f"{{{name}}}", quote(str(fields.pop(name)), safe="@:"))
+        if "{" in path:
+            raise InputError(f"{chosen.name} wants {path[path.index('{') :]}")
+        headers = {"Accept": accept}
+        if chosen.method in ("POST", "PUT", "PATCH"):
+            headers["Content-Type"] = MSGPACK
+            return self._http.build_request(
+                chosen.method, PREFIX + path, headers=headers, content=msgspec.msgpack.encode(fields)
+            )
+        query = {name: str(value).lower() if isinstance(value, bool) else value
+                 for name, value in fields.items() if value is not None}  # fmt: skip
+        return self._http.build_request(chosen.method, PREFIX + path, headers=headers, params=query)
+
+    def __repr__(self) -> str:
+        return f"HttpTransport({self.url!r})"
+
+
+class _BrokenStreamError(Exception):
+    """The line was cut; `cursor` is the id of the last event."""
+
+    def __init__(self, cursor: int | None) -> None:
+        super().__init__()
+        self.cursor = cursor
+
+
+class reaching:
+    """Turns what httpx says of an unreachable server into our error."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, httpx.TransportError):
+            raise UnavailableError(
+                f"the server {self._url} cannot be reached: {error or type(error).__name__}",
+                hint="is it running? `millrace up` starts one; unset MILLRACE_URL to work without",
+            ) from error
+
+
+def _find(operation: str) -> Operation:
+    chosen = OPERATIONS.get(operation)
+    if chosen is None:
+        raise NotFoundError(f"there is no operation {operation!r}")
+    return chosen
+
+
+def error_of(answer: httpx.Response) -> MillraceError:
+    """The error in a problem document; anything else did not come from a Millrace."""
+    try:
+        value = msgspec.json.decode(answer.content)
+    except msgspec.MsgspecError:
+        value = None
+    if isinstance(value, dict) and "code" in value:
+        return from_dict({"message": value.get("detail", ""), **value})
+    return UnavailableError(f"{answer.url} answered {answer.status_code}, and not as a Millrace does")

@@ -1,0 +1,180 @@
+"""A server on another machine: what an operation names by path travels as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from millrace.client.http import MSGPACK, PREFIX, HttpTransport, error_of, reaching
+from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError
+from millrace.core.operations.registry import ExportResponse, OpenModelResponse
+from millrace.core.types import Artifact, ModelVersion, TreeEntry
+
+CHUNK_BYTES = 1 << 20
+MAX_PROJECT_BYTES = 2 << 30
+LEFT_AT_HOME = frozenset({"report.html", "__pycache__", "node_modules"})  # and names that begin with a dot
+
+
+class RemoteTransport(HttpTransport):
+    """Implements `core.ports.Transport` for a server that does not share this machine's files.
+
+    Files that a request names are uploaded first, and the request then names the upload; models that an
+    answer names by folder are downloaded into a cache and verified. Equal bytes travel once.
+    """
+
+    def call(self, operation: str, body: Mapping[str, Any]) -> Any:
+        """Ask for one operation."""
+        localized: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "model.open": self._open,
+            "model.export": self._export,
+            "model.compress": self._refuse_compress,
+        }
+        if operation in localized:
+            return localized[operation](dict(body))
+        return super().call(operation, self._with_uploads(operation, dict(body)))
+
+    def upload(self, path: Path) -> Artifact:
+        """Store a file on the server."""
+        digest = _digest_of(path)
+        with reaching(self.url), path.open("rb") as file:
+            answer = self._http.post(
+                f"{PREFIX}/blobs", content=iter(lambda: file.read(CHUNK_BYTES), b""), headers={"Accept": MSGPACK}
+            )
+        if answer.is_error:
+            raise error_of(answer)
+        stored = msgspec.msgpack.decode(answer.content, type=Artifact)
+        if stored.digest != digest:
+            raise CorruptError(f"{path} was changed while it was uploaded: {digest} became {stored.digest}")
+        return stored
+
+    def upload_folder(self, folder: Path) -> Artifact:
+        """Store a folder's files and their listing on the server."""
+        entries = []
+        for path in sorted(_files(folder)):
+            stored = self.upload(path)
+            place = path.relative_to(folder).as_posix()
+            entries.append(TreeEntry(path=place, digest=stored.digest, size_bytes=stored.size_bytes))
+        return super().call("tree.put", {"entries": entries})
+
+    def download(self, digest: str, path: Path) -> None:
+        """A blob as a new file, verified.
+
+        Raises:
+            CorruptError: The bytes have another digest.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}.part")
+        found = hashlib.sha256()
+        with reaching(self.url), self._http.stream("GET", f"{PREFIX}/blobs/{quote(digest, safe=':')}") as answer:
+            if answer.is_error:
+                answer.read()
+                raise error_of(answer)
+            with new.open("wb") as file:
+                for part in answer.iter_raw(CHUNK_BYTES):
+                    found.update(part)
+                    file.write(part)
+        if f"sha256:{found.hexdigest()}" != digest:
+            new.unlink()
+            raise CorruptError(f"{self.url} sent other bytes than {digest} has")
+        os.replace(new, path)
+
+    def _with_uploads(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        if operation in ("run.submit", "run.plan"):
+            spec = Path(body["spec_path"]).absolute()
+            if not spec.is_file():
+                raise NotFoundError(f"there is no file {spec}", hint="`millrace init` writes a spec")
+            body["spec_path"] = f"tree:{self.upload_folder(spec.parent).digest}/{spec.name}"
+        elif operation in ("run.artifact", "model.register"):
+            for name in ("path", "data"):
+                if body.get(name) is not None:
+                    body[name] = self._reference(Path(body[name]).absolute())
+        return body
+
+    def _reference(self, path: Path) -> str:
+        if path.is_dir():
+            return f"tree:{self.upload_folder(path).digest}/."
+        if not path.is_file():
+            raise NotFoundError(f"there is no file or folder {path}")
+        return f"blob:{self.upload(path).digest}/{path.name}"
+
+    def _open(self, body: dict[str, Any]) -> OpenModelResponse:
+        version = self._version(body["model"])
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace" / "bundles"
+        folder = root / version.bundle.digest.replace(":", "-")
+        if not folder.is_dir():
+            new = folder.with_name(f"{folder.name}.{os.getpid()}")
+            self._fetch_bundle(version, new)
+            try:
+                new.rename(folder)
+            except OSError:  # another process was quicker
+                shutil.rmtree(new)
+        return OpenModelResponse(
+            name=version.name, number=version.number, folder=str(folder), digest=version.bundle.digest,
+            variant=version.chosen_variant,
+        )  # fmt: skip
+
+    def _export(self, body: dict[str, Any]) -> ExportResponse:
+        version = self._version(body["model"])
+        target = Path(body["to"]).absolute()
+        if target.is_dir() and any(target.iterdir()) and not (target / "model.onnx").is_file():
+            raise ConflictError(
+                f"{target} is not empty and not an earlier export", hint="name an empty or a new folder"
+            )
+        self._fetch_bundle(version, target)
+        beside = {
+            "MODEL_CARD.md": version.card,
+            "signature.json": version.signature,
+            "measurements.json": version.measurements,
+        }
+        for name, artifact in beside.items():
+            if artifact is not None:
+                self.download(artifact.digest, target / name)
+        files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+        return ExportResponse(folder=str(target), files=files)
+
+    def _version(self, reference: str) -> ModelVersion:
+        version: ModelVersion = super().call("model.get", {"model": reference}).version
+        if version.format != "bundle":
+            raise InputError(f"{version.name} v{version.number} is kept as it was logged, and is never loaded")
+        return version
+
+    def _fetch_bundle(self, version: ModelVersion, folder: Path) -> None:
+        for entry in super().call("tree.get", {"digest": version.bundle.digest}):
+            self.download(entry.digest, folder / entry.path)
+
+    def _refuse_compress(self, body: dict[str, Any]) -> Any:
+        raise InputError(
+            "compressing a file needs no server: it measures the machine that it runs on",
+            hint=f"unset MILLRACE_URL and run `millrace compress {body.get('path', '')}` again",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a run may need: regular files, without hidden ones, caches and earlier reports."""
+    found, size = [], 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in LEFT_AT_HOME)
+        for name in names:
+            path = Path(root) / name
+            if name.startswith(".") or name in LEFT_AT_HOME or not path.is_file():
+                continue
+            size += path.stat().st_size
+            found.append(path)
+    if size > MAX_PROJECT_BYTES:
+        raise InputError(
+            f"{folder} has {size >> 20} MiB to upload, at most {MAX_PROJECT_BYTES >> 20} are",
+            hint="put the data where the server can read it, and name that place in data.source",
+        )
+    return found
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

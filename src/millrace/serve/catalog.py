@@ -1,0 +1,160 @@
+"""Which model a request names: many models at one address, each with the routes that it would have alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from millrace.serve import documents
+from millrace.serve.dataplane import DataPlane
+from millrace.serve.exchange import Exchange
+from millrace.serve.routes import Routes
+from millrace.serve.service import Service
+
+_PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class Catalog:
+    """The handler of a `Service` with any number of models. For the event loop's thread.
+
+    Args:
+        server_version: For the metadata.
+        max_body_bytes: Also of a body that comes compressed.
+    """
+
+    def __init__(self, server_version: str, max_body_bytes: int) -> None:
+        self.service: Service  # set by the server, which needs the handler first
+        self._version, self._max_body_bytes = server_version, max_body_bytes
+        self._models: dict[bytes, Routes] = {}
+        self._refused = 0
+        self._routes: dict[bytes, tuple[bytes, Callable[[Exchange], None]]] = {
+            b"/v2/health/live": (b"GET", self._live),
+            b"/v2/health/ready": (b"GET", self._ready),
+            b"/v2": (b"GET", self._metadata),
+            b"/v2/models/stats": (b"GET", self._statistics),
+            b"/v2/repository/index": (b"POST", self._index),
+            b"/v1/models": (b"GET", self._list),
+            b"/metrics": (b"GET", self._metrics),
+        }
+
+    def put(self, plane: DataPlane) -> DataPlane | None:
+        """Serve a model from the next request on; the one that it replaces, whose requests still run."""
+        name = plane.info.name.encode()
+        old = self._models.get(name)
+        routes = Routes(plane, self._version, self._max_body_bytes)
+        routes.service = self.service
+        self._models[name] = routes
+        self.service.forget_heads()  # which lead to the routes of the old one
+        return old.plane if old is not None else None
+
+    def remove(self, name: str) -> DataPlane | None:
+        """Serve a model no longer."""
+        old = self._models.pop(name.encode(), None)
+        self.service.forget_heads()
+        return old.plane if old is not None else None
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer a request, or queue it."""
+        path = unquote_to_bytes(exchange.head.target.partition(b"?")[0])
+        found = self._routes.get(path.rstrip(b"/") or b"/")
+        if found is None:
+            routes = self._models.get(model_of(path))
+            if routes is None:
+                self._unknown(exchange, path)
+            else:
+                routes.handle(exchange)
+            return
+        method, route = found
+        if exchange.head.method == method or (method == b"GET" and exchange.head.method == b"HEAD"):
+            route(exchange)
+        else:
+            given = exchange.head.method[:20].decode("latin-1")
+            exchange.reply_error(405, f"want {method.decode()}, got {given}", b"Allow: %s\r\n" % method)
+
+    def count_refused(self, status: int) -> None:
+        """Count an answer that the HTTP layer gave by itself."""
+        self._refused += 1
+
+    def _unknown(self, exchange: Exchange, path: bytes) -> None:
+        self._refused += 1
+        name = model_of(path)
+        if not name:
+            exchange.reply_error(404, f"there is nothing at {path[:200].decode('utf-8', 'replace')}")
+            return
+        known = ", ".join(sorted(one.decode() for one in self._models)) or "none"
+        exchange.reply_error(404, f"model {name[:80].decode('utf-8', 'replace')!r} is not served here: want one of {known}")
+
+    # ------------------------------------------------------------------ documents
+
+    @property
+    def _planes(self) -> list[DataPlane]:
+        return [self._models[name].plane for name in sorted(self._models)]
+
+    def _live(self, exchange: Exchange) -> None:
+        exchange.reply_json(200, {"live": True})
+
+    def _ready(self, exchange: Exchange) -> None:
+        ready = all(plane.is_ready for plane in self._planes)
+        exchange.reply_json(200 if ready else 503, {"ready": ready})
+
+    def _metadata(self, exchange: Exchange) -> None:
+        exchange.reply_json(200, documents.server_metadata(self._version))
+
+    def _statistics(self, exchange: Exchange) -> None:
+        parts: list[Any] = []
+        for plane in self._planes:
+            parts += documents.statistics(plane.info.name, plane.info.version, plane.metrics)["model_stats"]
+        exchange.reply_json(200, {"model_stats": parts})
+
+    def _index(self, exchange: Exchange) -> None:
+        exchange.reply_json(200, [
+            {"name": plane.info.name, "version": plane.info.version,
+             "state": "READY" if plane.is_ready else "UNAVAILABLE", "reason": ""}
+            for plane in self._planes
+        ])  # fmt: skip
+
+    def _list(self, exchange: Exchange) -> None:
+        exchange.reply_json(200, {"models": [plane.info.name for plane in self._planes]})
+
+    def _metrics(self, exchange: Exchange) -> None:
+        texts = [routes.exposition() for _, routes in sorted(self._models.items())]
+        exchange.reply(200, merge_expositions(texts).encode(), _PROMETHEUS)
+
+
+def model_of(path: bytes) -> bytes:
+    """The model's name in a path, empty where there is none.
+
+    Example:
+        >>> model_of(b"/v2/models/digits/infer"), model_of(b"/v1/models/digits:predict"), model_of(b"/v3")
+        (b'digits', b'digits', b'')
+    """
+    parts = path.split(b"/")
+    if len(parts) < 4 or parts[2] != b"models" or parts[1] not in (b"v1", b"v2"):
+        return b""
+    return parts[3].partition(b":")[0] if parts[1] == b"v1" else parts[3]
+
+
+def merge_expositions(texts: list[str]) -> str:
+    """Several models' metrics as one document: each family's help and type stand once, before its samples.
+
+    Example:
+        >>> one, two = ("# TYPE a gauge\\na{m=\\"x\\"} 1\\n", "# TYPE a gauge\\na{m=\\"y\\"} 2\\n")
+        >>> print(merge_expositions([one, two]), end="")
+        # TYPE a gauge
+        a{m="x"} 1
+        a{m="y"} 2
+    """
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for text in texts:
+        family = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                family = line.split(" ", 3)[2]
+                if line not in heads.setdefault(family, []):
+                    heads[family].append(line)
+            elif line:
+                samples.setdefault(family, []).append(line)
+    lines = [line for family in samples for line in (*heads.get(family, []), *samples[family])]
+    return "\n".join(lines) + "\n" if lines else ""
