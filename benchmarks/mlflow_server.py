@@ -33,8 +33,8 @@ from starlette.applications import Starlette
 from millrace.api.mlflow.routes import mlflow_routes
 from millrace.control.dispatch import Dispatcher
 from millrace.wiring import open_services
-uvicorn.run(Starlette(routes=mlflow_routes(Dispatcher(open_services(sys.argv[1])))), host="127.0.0.1", port=int(sys.argv[2]),
-            log_level="warning", access_log=False)
+app = Starlette(routes=mlflow_routes(Dispatcher(open_services(sys.argv[1]))))
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", access_log=False)
 """
 RUNS, MIB = 5000, 1 << 20
 AIMS = {

@@ -20,6 +20,7 @@ SECTIONS = {
     "step_overhead": "A no-op step",
     "journal": "A journal transition against raw sqlite3",
     "metrics_logging": "Metric logging until another process can read it",
+    "search": "Searching runs",
     "train_loop": "The training loop",
     "accuracy": "Accuracy",
     "serving": "Inference, a dense net",

@@ -32,6 +32,7 @@ HANDLER_MODULES = (
     "millrace.control.deployments",
     "millrace.control.system",
     "millrace.control.migration",
+    "millrace.control.garbage",
     "millrace.control.following",
     "millrace.control.uploads",
     "millrace.control.projects",

@@ -31,6 +31,7 @@ VERBS = {
     "config",
     "up",
     "deploy",
+    "service",
 }
 NOUNS = {
     "runs": {"list", "show", "diff", "cancel", "delete"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 
 from millrace.control.dispatch import Dispatcher
 from millrace.control.services import Services
-from millrace.core.types import TREE_MEDIA_TYPE, Artifact, ModelVersion, Run, Step
+from millrace.core.types import ModelVersion
 from millrace.wiring import open_services, open_transport
 
 
@@ -32,37 +30,6 @@ def services(home: Path) -> Iterator[Services]:
     opened = open_services(str(home))
     yield opened
     opened.close()
-
-
-def grow_old(services: Services, *artifacts: Artifact) -> None:
-    """As if stored a month ago."""
-    past = time.time() - 30 * 86_400
-    for artifact in artifacts:
-        os.utime(services.blobs.path(artifact.digest), (past, past))
-
-
-def test_gc_deletes_what_is_old_and_unreferenced_and_only_when_told(
-    transport: Dispatcher, services: Services, tmp_path: Path
-) -> None:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(b"weights")
-    bundle = services.blobs.put_tree(folder)
-    assert bundle.media_type == TREE_MEDIA_TYPE
-    leaves = [Artifact(digest=one.digest, size_bytes=one.size_bytes) for one in services.blobs.tree(bundle.digest)]
-    output, garbage, young = (services.blobs.put(data) for data in (b"output", b"garbage", b"young"))
-    services.records.put(ModelVersion(id="m/1", name="m", number=1, bundle=bundle), expect_version=0)
-    services.records.put(Run(id="r", state="succeeded", created_at=1.0), expect_version=0)
-    step = Step(id="s", run_id="r", name="data", stage="data", state="succeeded", outputs={"x": output})
-    services.records.put(step, expect_version=0)
-    grow_old(services, bundle, *leaves, output, garbage)
-    said = transport.call("system.gc", {})
-    assert (said.blobs, said.size_bytes, said.applied) == (1, len(b"garbage"), False)
-    assert services.blobs.exists(garbage.digest)
-    done = transport.call("system.gc", {"apply": True})
-    assert (done.blobs, done.applied) == (1, True)
-    assert not services.blobs.exists(garbage.digest)
-    assert all(services.blobs.exists(one.digest) for one in (bundle, *leaves, output, young))
 
 
 def test_the_space_adds_up(transport: Dispatcher, services: Services, home: Path) -> None:

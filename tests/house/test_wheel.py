@@ -55,6 +55,10 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "templates/digits/model.py",
         "store/migrations/versions/v0001_first.py",
         "control/report_templates/report.html",
+        "static/style.css",
+        "static/vendor/uPlot.js",
+        "static/vendor/uPlot.LICENSE.txt",
+        "api/pages/templates/layout.html",
     ],
 )
 def test_it_holds_what_is_read_at_run_time(wheel: Path, name: str) -> None:

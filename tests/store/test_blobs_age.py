@@ -9,10 +9,10 @@ import pytest
 
 from millrace.core.errors import CorruptError
 from millrace.store.blobs_local import LocalBlobs
-from millrace.testing.blobs import BlobAgeConformance
+from millrace.testing.blobs import BlobAgeConformance, BlobDiscardConformance
 
 
-class TestLocalAge(BlobAgeConformance):
+class TestLocalAge(BlobAgeConformance, BlobDiscardConformance):
     """The suite."""
 
     @pytest.fixture

@@ -19,7 +19,7 @@ from millrace.core.ids import digest_bytes, new_id
 from millrace.core.ports import Blobs
 from millrace.store.blobs_remote import RemoteBlobs
 from millrace.store.object_store import RemoteOptions
-from millrace.testing.blobs import BlobAgeConformance, BlobsConformance
+from millrace.testing.blobs import BlobAgeConformance, BlobDiscardConformance, BlobsConformance
 from millrace.testing.radosgw import Radosgw, missing_programs
 
 BUCKET = "blobs"
@@ -63,7 +63,7 @@ def connect(gateway: Radosgw, cache: Path, url: str = "", secret: str = "", key:
     )
 
 
-class TestRadosgw(BlobsConformance, BlobAgeConformance):
+class TestRadosgw(BlobsConformance, BlobAgeConformance, BlobDiscardConformance):
     """The suites."""
 
     @pytest.fixture(autouse=True)

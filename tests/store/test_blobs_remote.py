@@ -27,7 +27,7 @@ from millrace.store import object_store
 from millrace.store.blobs_local import LocalBlobs
 from millrace.store.blobs_remote import RemoteBlobs
 from millrace.store.object_store import RemoteOptions
-from millrace.testing.blobs import BlobAgeConformance, BlobsConformance, contents, make_folder
+from millrace.testing.blobs import BlobAgeConformance, BlobDiscardConformance, BlobsConformance, contents, make_folder
 from millrace.testing.moto_server import MotoServer
 
 BUCKET = "blobs"
@@ -94,7 +94,7 @@ def flip_a_bit(blobs: Blobs, digest: str) -> None:
     blobs._cache.forget(digest)
 
 
-class TestMemory(BlobsConformance, BlobAgeConformance):
+class TestMemory(BlobsConformance, BlobAgeConformance, BlobDiscardConformance):
     """In memory."""
 
     def open(self, place: Path) -> RemoteBlobs:
@@ -104,7 +104,7 @@ class TestMemory(BlobsConformance, BlobAgeConformance):
         flip_a_bit(blobs, digest)
 
 
-class TestFiles(BlobsConformance, BlobAgeConformance):
+class TestFiles(BlobsConformance, BlobAgeConformance, BlobDiscardConformance):
     """In a folder, for example a mounted share."""
 
     def open(self, place: Path) -> RemoteBlobs:
@@ -114,7 +114,7 @@ class TestFiles(BlobsConformance, BlobAgeConformance):
         flip_a_bit(blobs, digest)
 
 
-class TestS3(BlobsConformance, BlobAgeConformance):
+class TestS3(BlobsConformance, BlobAgeConformance, BlobDiscardConformance):
     """On S3."""
 
     @pytest.fixture(autouse=True)

@@ -159,10 +159,19 @@ def render_alert(alert: Any) -> None:
 
 def render_gc(answer: Any) -> None:
     """What was, or would be, freed."""
-    size = format_size(answer.size_bytes)
-    verb = "freed" if answer.applied else "would free"
-    tail = "" if answer.applied else "; `millrace system gc --apply` does it"
-    console().print(f"{verb} {answer.blobs} blobs, {size}; {answer.kept} kept{tail}")
+    would = "" if answer.applied else "would be "
+    rows = [
+        [f"{would}deleted", str(answer.purged), format_size(answer.purged_bytes), "put aside long enough ago"],
+        [f"{would}put aside", str(answer.blobs), format_size(answer.size_bytes), "nothing refers to them"],
+        [f"{would}kept", str(answer.kept), "", "referred to, or young"],
+    ]
+    print_table(["BLOBS", "COUNT", "SIZE", "WHY"], rows)
+    if answer.runs:
+        console().print(f"{answer.runs} deleted runs {would or 'were '}removed for good")
+    if not answer.applied:
+        console().print("`millrace system gc --apply` does it")
+    elif answer.blobs and not answer.purged:
+        console().print("what is put aside comes back to whoever asks for it; a later gc deletes it")
 
 
 def render_du(answer: Any) -> None:

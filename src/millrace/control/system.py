@@ -18,14 +18,11 @@ from millrace.core.errors import CorruptError, MillraceError, NotFoundError
 from millrace.core.operations import Page, Request
 from millrace.core.operations import live as ops
 from millrace.core.types import (
-    TREE_MEDIA_TYPE,
     Alert,
-    Artifact,
     DatasetVersion,
     Endpoint,
     ModelVersion,
     Run,
-    Step,
 )
 from millrace.core.units import format_size
 
@@ -81,57 +78,6 @@ def resolve_alert(services: Services, body: ops.NameRequest) -> Alert:
     """Close an alert."""
     alert = get_alert(services, body)
     return services.records.put(msgspec.structs.replace(alert, state="resolved"), expect_version=alert.version)
-
-
-# --------------------------------------------------------------------------- garbage
-
-
-def referenced(services: Services, keep_runs: int) -> set[str]:
-    """Digests that must stay: of versions, and of the steps of the newest `keep_runs` runs."""
-    records = services.records
-    roots: list[Artifact] = []
-    for version in records.find(ModelVersion):
-        found = (version.bundle, version.signature, version.measurements, version.card)
-        roots.extend(artifact for artifact in found if artifact is not None)
-    roots.extend(version.artifact for version in records.find(DatasetVersion))
-    runs = {run.id for run in records.find(Run, order="-created_at", limit=keep_runs)}
-    steps = records.find(Step)
-    kept = {step.id for step in steps if step.run_id in runs}
-    kept |= {step.cached_from for step in steps if step.run_id in runs and step.cached_from}
-    for step in steps:
-        if step.id in kept:
-            roots.extend(step.outputs.values())
-    digests: set[str] = set()
-    for root in roots:
-        digests.add(root.digest)
-        if root.media_type == TREE_MEDIA_TYPE and services.blobs.exists(root.digest):
-            digests.update(entry.digest for entry in services.blobs.tree(root.digest))
-    return digests
-
-
-@handles(ops.COLLECT_GARBAGE)
-def collect_garbage(services: Services, body: ops.GcRequest) -> ops.GcResponse:
-    """Delete old blobs that nothing refers to; blobs younger than `gc_min_age_s` may be in use by a worker."""
-    if not services.is_used:
-        return ops.GcResponse(blobs=0, size_bytes=0, kept=0, applied=body.apply)
-    stored = list(services.blobs.list())
-    keep = referenced(services, int(services.setting("gc_keep_runs")))
-    newest = services.clock.now() - float(services.setting("gc_min_age_s"))
-    busy = any(live_lease(services, run) for run in services.records.find(Run, {"state": "running"}))
-    freed = []
-    for artifact in stored:
-        if artifact.digest in keep or busy:
-            continue
-        path = services.blobs.path(artifact.digest)
-        if path.stat().st_mtime < newest:
-            freed.append(artifact)
-    if body.apply:
-        for artifact in freed:
-            services.blobs.delete(artifact.digest)
-    return ops.GcResponse(
-        blobs=len(freed), size_bytes=sum(artifact.size_bytes for artifact in freed), kept=len(stored) - len(freed),
-        applied=body.apply,
-    )  # fmt: skip
 
 
 @handles(ops.MEASURE_DISK)

@@ -154,7 +154,27 @@ class Blobs(Protocol):
         ...
 
     def list(self) -> Iterator[Artifact]:
-        """Every stored blob."""
+        """Every stored blob that is not discarded."""
+        ...
+
+    def modified_at(self, digest: str) -> float:
+        """When it was last put or touched, in seconds since 1970."""
+        ...
+
+    def touch(self, digest: str) -> None:
+        """Make it count as new, so that garbage collection spares it for a while."""
+        ...
+
+    def discard(self, digest: str) -> bool:
+        """Put it aside; whoever asks for it brings it back. False when it was not there."""
+        ...
+
+    def discarded(self) -> Iterator[tuple[Artifact, float]]:
+        """What was put aside, and when."""
+        ...
+
+    def purge(self, digest: str) -> bool:
+        """Delete what was put aside; False when it was brought back, or purged, meanwhile."""
         ...
 
     def put_tree(self, folder: Path) -> Artifact:

@@ -45,6 +45,8 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="gc_min_age_s", type=float, default=3600.0, summary="`system gc` keeps blobs younger than this."),
     Setting(name="gc_keep_runs", type=int, default=50, summary="`system gc` keeps the outputs of so many runs."),
+    Setting(name="gc_keep_days", type=float, default=30.0, summary="`system gc` keeps the outputs of runs this young."),
+    Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
 )
 
 

@@ -83,7 +83,9 @@ class Catalog:
             exchange.reply_error(404, f"there is nothing at {path[:200].decode('utf-8', 'replace')}")
             return
         known = ", ".join(sorted(one.decode() for one in self._models)) or "none"
-        exchange.reply_error(404, f"model {name[:80].decode('utf-8', 'replace')!r} is not served here: want one of {known}")
+        exchange.reply_error(
+            404, f"model {name[:80].decode('utf-8', 'replace')!r} is not served here: want one of {known}"
+        )
 
     # ------------------------------------------------------------------ documents
 

@@ -29,6 +29,8 @@ async function refresh() {
     const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
     if (answer.ok) {
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const shape = (page) => page.querySelector("main").dataset.shape;
+      if (shape(fresh) !== shape(document)) { location.reload(); return; } // another chart, or another step's log
       for (const part of document.querySelectorAll("[data-part]")) {
         const other = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
         if (!other || other.innerHTML === seen.get(part)) continue;

@@ -43,12 +43,13 @@ class LocalBlobs:
 
     def __init__(self, root: Path, is_durable: bool = True) -> None:
         self.root, self._is_durable = Path(root).absolute(), is_durable
-        self._files, self._temp = self.root / "sha256", self.root / "temp"
+        self._files, self._temp, self._aside = self.root / "sha256", self.root / "temp", self.root / "discarded"
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
         with disk_errors(self.root):
             self._files.mkdir(parents=True, exist_ok=True)
             self._temp.mkdir(exist_ok=True)
+            self._aside.mkdir(exist_ok=True)
         self._remove_stale()
 
     def put(self, source: BinaryIO | bytes | Path, media_type: str = "application/octet-stream") -> Artifact:
@@ -102,14 +103,55 @@ class LocalBlobs:
 
     def exists(self, digest: str) -> bool:
         """Whether it is stored."""
-        return self._place(digest).is_file()
+        return self._place(digest).is_file() or self._bring_back(digest)
 
     def delete(self, digest: str) -> bool:
         """Remove it; False when it was not there."""
         place = self._place(digest)
         self._verified.pop(digest, None)
+        self._bring_back(digest)
         try:
             place.unlink()
+        except FileNotFoundError:
+            return False
+        self._sync(place.parent)
+        return True
+
+    def discard(self, digest: str) -> bool:
+        """Put it aside: one rename, so nobody ever sees half of it. Whoever asks for it brings it back."""
+        place = self._place(digest)
+        try:
+            os.utime(place)  # its age in the other folder counts from here
+            os.rename(place, self._aside / digest[7:])
+        except FileNotFoundError:
+            return False
+        self._verified.pop(digest, None)
+        return True
+
+    def discarded(self) -> Iterator[tuple[Artifact, float]]:
+        """What was put aside, and when, in seconds since 1970."""
+        for place in sorted(self._aside.iterdir()):
+            try:
+                state = place.stat()
+            except FileNotFoundError:
+                continue
+            yield Artifact(digest=f"sha256:{place.name}", size_bytes=state.st_size), state.st_mtime
+
+    def purge(self, digest: str) -> bool:
+        """Delete what was put aside; False when it was brought back, or purged, meanwhile."""
+        self._place(digest)
+        try:
+            os.unlink(self._aside / digest[7:])
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _bring_back(self, digest: str) -> bool:
+        """Undo `discard`; False when there is nothing to undo. A purge at the same moment is either first or late."""
+        place = self._place(digest)
+        try:
+            place.parent.mkdir(exist_ok=True)
+            os.rename(self._aside / digest[7:], place)
         except FileNotFoundError:
             return False
         self._sync(place.parent)
@@ -178,13 +220,14 @@ class LocalBlobs:
 
     def _open(self, digest: str) -> BinaryIO:
         place = self._place(digest)
-        try:
-            with disk_errors(place):
-                return place.open("rb", buffering=0)  # type: ignore[return-value]
-        except InputError:
-            raise NotFoundError(
-                f"there is no blob {digest} in {self.root}", hint="run the step that makes it again"
-            ) from None
+        for _ in range(3):  # a collector may put it aside again at once, but not for ever
+            try:
+                with disk_errors(place):
+                    return place.open("rb", buffering=0)  # type: ignore[return-value]
+            except InputError:
+                if not self._bring_back(digest):
+                    break
+        raise NotFoundError(f"there is no blob {digest} in {self.root}", hint="run the step that makes it again")
 
     def _has_intact(self, digest: str) -> bool:
         """Whether it is stored, intact and durable; if so it counts as new from now on."""

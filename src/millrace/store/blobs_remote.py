@@ -116,7 +116,7 @@ class RemoteBlobs:
     def exists(self, digest: str) -> bool:
         """Whether it is stored; what is only in the cache does not count."""
         _check_digest(digest)
-        return self._objects.head(_key(digest)) is not None
+        return self._head(digest) is not None
 
     def delete(self, digest: str) -> bool:
         """Remove it; False when it was not there."""
@@ -162,6 +162,46 @@ class RemoteBlobs:
             return trees.materialize(
                 entries, folder, lambda one: self._path(one, pins), lambda one: self._cache.path(one, pins)
             )
+
+    # ------------------------------------------------------------------ put aside
+
+    def discard(self, digest: str) -> bool:
+        """Put it aside: copied, then removed. Whoever asks for it brings it back."""
+        if self._objects.head(_key(digest)) is None:
+            return False
+        self._objects.copy(_key(digest), _aside(digest))
+        for key in (_key(digest), _mark(digest)):
+            self._objects.remove(key)
+        self._verified.pop(digest, None)
+        return True
+
+    def discarded(self) -> Iterator[tuple[Artifact, float]]:
+        """What was put aside, and when, by the store's clock."""
+        for meta in self._objects.list("discarded"):
+            found = _KEY.fullmatch(meta["path"].replace("discarded/", "sha256/", 1))
+            if found:
+                artifact = Artifact(digest=f"sha256:{found[1]}{found[2]}", size_bytes=meta["size"])
+                yield artifact, meta["last_modified"].timestamp()
+
+    def purge(self, digest: str) -> bool:
+        """Delete what was put aside; False when it was brought back, or purged, meanwhile."""
+        if self._objects.head(_aside(digest)) is None:
+            return False
+        self._objects.remove(_aside(digest))
+        self._cache.forget(digest)
+        return True
+
+    def _head(self, digest: str) -> Any:
+        """What the store says of a blob, brought back if it was put aside; None: it has none."""
+        found = self._objects.head(_key(digest))
+        if found is None and self._objects.head(_aside(digest)) is not None:
+            try:
+                self._objects.copy(_aside(digest), _key(digest))
+            except NotFoundError:  # another one has just brought it back
+                return self._objects.head(_key(digest))
+            self._objects.remove(_aside(digest))
+            found = self._objects.head(_key(digest))
+        return found
 
     # ------------------------------------------------------------------ age
 
@@ -289,7 +329,7 @@ class RemoteBlobs:
 
     def _has_intact(self, digest: str, size: int, source: BinaryIO) -> bool:
         """Whether the store has these bytes: by its own hash of them if that can be foretold, else by reading."""
-        meta = self._objects.head(_key(digest))
+        meta = self._head(digest)
         if meta is None or meta["size"] != size:
             return False
         tag = meta["e_tag"] or ""
@@ -343,7 +383,7 @@ class RemoteBlobs:
             raise damaged(digest, stored.digest)
 
     def _present(self, digest: str) -> Any:
-        meta = self._objects.head(_key(digest))
+        meta = self._head(digest)
         if meta is None:
             raise NotFoundError(f"there is no blob {digest} in {self.url}", hint="run the step that makes it again")
         return meta
@@ -361,6 +401,10 @@ def _key(digest: str) -> str:
 
 def _mark(digest: str) -> str:
     return f"touched/{_check_digest(digest)[7:9]}/{digest[9:]}"
+
+
+def _aside(digest: str) -> str:
+    return f"discarded/{_check_digest(digest)[7:9]}/{digest[9:]}"
 
 
 def _incoming(digest: str) -> str:

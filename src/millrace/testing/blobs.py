@@ -264,3 +264,52 @@ class BlobAgeConformance:
         with pytest.raises(NotFoundError, match=digest):
             blobs.modified_at(digest)
         assert list(blobs.list()) == []
+
+
+class BlobDiscardConformance:
+    """Putting aside: what a collector takes away comes back to whoever asks; mixed into `BlobsConformance`."""
+
+    def test_what_is_put_aside_comes_back_to_whoever_asks(self, blobs: Blobs, tmp_path: Path) -> None:
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source/a").write_bytes(b"in a tree")
+        tree = blobs.put_tree(tmp_path / "source")
+        for number, ask in enumerate((blobs.read, blobs.exists, blobs.path, blobs.modified_at, blobs.touch)):
+            digest = blobs.put(b"bytes %d" % number).digest
+            assert blobs.discard(digest)
+            assert digest not in {one.digest for one in blobs.list()}
+            assert digest in {one.digest for one, _ in blobs.discarded()}
+            ask(digest)
+            assert digest in {one.digest for one in blobs.list()}
+            assert digest not in {one.digest for one, _ in blobs.discarded()}
+        for entry in [*blobs.tree(tree.digest)]:
+            blobs.discard(entry.digest)
+        blobs.discard(tree.digest)
+        assert (blobs.materialize(tree.digest, tmp_path / "out") / "a").read_bytes() == b"in a tree"
+
+    def test_putting_the_bytes_again_brings_them_back(self, blobs: Blobs) -> None:
+        digest = blobs.put(b"again").digest
+        blobs.discard(digest)
+        assert blobs.put(b"again").digest == digest
+        blobs.purge(digest)
+        assert blobs.read(digest) == b"again"
+
+    def test_only_what_lies_aside_is_purged(self, blobs: Blobs) -> None:
+        digest = blobs.put(b"to go").digest
+        assert not blobs.purge(digest)
+        assert blobs.read(digest) == b"to go"
+        assert blobs.discard(digest)
+        ((artifact, since),) = [(one, at) for one, at in blobs.discarded() if one.digest == digest]
+        assert artifact.size_bytes == 5
+        assert abs(since - time.time()) < 60 + CLOCK_STEP_S
+        assert blobs.purge(digest)
+        assert not blobs.purge(digest)
+        assert not blobs.exists(digest)
+        assert not blobs.discard(digest)
+        with pytest.raises(NotFoundError):
+            blobs.read(digest)
+
+    def test_deleting_what_lies_aside_deletes_it(self, blobs: Blobs) -> None:
+        digest = blobs.put(b"x").digest
+        blobs.discard(digest)
+        assert blobs.delete(digest)
+        assert not blobs.exists(digest)

@@ -21,6 +21,10 @@ from millrace.core.search import Comparison, Ordering, RunQuery, RunValues
 from millrace.core.types import MetricPoint, Run, RunLink
 
 NAN, INF = math.nan, math.inf
+# step, time and value of points, each later than the one before
+RISING = (
+    (-5, 9.0, 9.0), (0, 1.0, 9.0), (0, 2.0, NAN), (0, 2.0, -INF), (0, 2.0, 0.0), (0, 2.0, INF), (7, 0.0, NAN),
+)  # fmt: skip
 # Of runs a to e with the values 1, 2, inf, -inf, NaN, and f without the metric: operator, value, who fits.
 METRIC_COMPARISONS = (
     ("=", 2.0, "b"), ("!=", 2.0, "acd"), ("<", 2, "ad"), ("<=", 2, "abd"), (">", 1.5, "bc"), (">=", INF, "c"),
@@ -48,6 +52,14 @@ def log(records: Records, run_id: str, **values: Any) -> None:
     """Log in a transaction of its own."""
     with records.transaction() as transaction:
         transaction.log(run_id, **values)
+
+
+def log_and_fail(records: Records, run_id: str) -> None:
+    """A transaction that logs and then fails with ZeroDivisionError."""
+    with records.transaction() as transaction:
+        point = MetricPoint(run_id, "loss", 0, 1.0, 0.0)
+        transaction.log(run_id, params={"a": "1"}, tags={"a": "1"}, points=[point])
+        raise ZeroDivisionError
 
 
 def add(records: Records, id: str, metrics: dict[str, float] | None = None, **fields: Any) -> None:
@@ -140,9 +152,8 @@ class TrackingConformance:
     def test_a_log_is_all_or_nothing(self, records: Records) -> None:
         with pytest.raises(InputError, match="'s'"):
             log(records, "r", params={"a": "1"}, points=[MetricPoint("s", "loss", 0, 1.0, 0.0)])
-        with pytest.raises(ZeroDivisionError), records.transaction() as transaction:
-            transaction.log("r", params={"a": "1"}, tags={"a": "1"}, points=[MetricPoint("r", "loss", 0, 1.0, 0.0)])
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            log_and_fail(records, "r")
         assert records.run_values(["r"])["r"] == RunValues()
         assert records.metric_history("r", "loss") == []
 
@@ -150,9 +161,8 @@ class TrackingConformance:
 
     @pytest.mark.parametrize("is_buffered", [True, False])
     def test_the_latest_point_is_the_greatest_in_any_order(self, records: Records, is_buffered: bool) -> None:
-        rising = [(-5, 9.0, 9.0), (0, 1.0, 9.0), (0, 2.0, NAN), (0, 2.0, -INF), (0, 2.0, 0.0), (0, 2.0, INF), (7, 0.0, NAN)]
         for number, order in enumerate(itertools.permutations(range(4))):
-            name, points = f"m{number}", [rising[place + number % 4] for place in order]
+            name, points = f"m{number}", [RISING[place + number % 4] for place in order]
             for step, at, value in points:
                 point = MetricPoint("r", name, step, value, at)
                 if is_buffered and number % 2:
@@ -163,7 +173,7 @@ class TrackingConformance:
                 else:
                     log(records, "r", points=[point])
             found = records.run_values(["r"])["r"].metrics[name]
-            assert repr((found.step, found.at, found.value)) == repr(rising[3 + number % 4])
+            assert repr((found.step, found.at, found.value)) == repr(RISING[3 + number % 4])
 
     def test_steps_of_64_bits_and_times_in_milliseconds_are_exact(self, records: Records) -> None:
         points = [
@@ -181,8 +191,11 @@ class TrackingConformance:
         log(records, "r", points=points)
         records.append_metrics([MetricPoint("r", "m", 9, 1.0, 0.0), MetricPoint("r", "n", 9, 1.0, 0.0), *points])
         found = records.metric_history("r", "m")
-        shape = [(point.at, point.step) for point, _ in found]
-        assert shape == sorted(shape) == [(0.0, 9), *((at, step) for at, step in sorted({(a, s) for s, a in moments}) for _ in range(4))]
+        in_order = sorted({(at, step) for step, at in moments})
+        assert [(point.at, point.step) for point, _ in found] == [
+            (0.0, 9),
+            *(one for one in in_order for _ in range(4)),
+        ]
         assert [repr(point.value) for point, _ in found[1:5]] == ["0.5", "nan", "0.25", "inf"]
         assert len({repr(point) for point, _ in found}) == len(found) == 17
 
@@ -251,7 +264,8 @@ class TrackingConformance:
     @pytest.mark.parametrize("field", ["param", "tag"])
     def test_texts_are_compared_exactly(self, records: Records, field: str) -> None:
         for id, text in zip("abcde", TEXTS, strict=True):
-            add(records, id, **{f"{field}s": {"k": text, "other": "Ab"}})
+            values: dict[str, Any] = {f"{field}s": {"k": text, "other": "Ab"}}
+            add(records, id, **values)
         add(records, "f", params={"K": "Ab"}, tags={"K": "Ab"})
         for operator, value, expected in TEXT_COMPARISONS:
             assert "".join(ids(records, compare(f"{field}.k", operator, value))) == expected, (operator, value)
@@ -325,7 +339,8 @@ class TrackingConformance:
     @pytest.mark.parametrize("field", ["param", "tag"])
     def test_texts_are_ordered_by_code_point_and_absent_come_last(self, records: Records, field: str) -> None:
         for id, text in (("a", "b"), ("b", None), ("c", "B"), ("d", "10"), ("e", "9"), ("f", "é")):
-            add(records, id, **({f"{field}s": {"k": text}} if text is not None else {}))
+            values: dict[str, Any] = {f"{field}s": {"k": text}} if text is not None else {}
+            add(records, id, **values)
         assert ids(records, order=(by(f"{field}.k"),)) == ["d", "e", "c", "a", "f", "b"]
         assert ids(records, order=(by(f"-{field}.k"),)) == ["f", "a", "c", "e", "d", "b"]
 

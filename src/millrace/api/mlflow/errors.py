@@ -10,6 +10,7 @@ from millrace.core.errors import (
     MillraceError,
     NotFoundError,
     QuotaError,
+    TooLargeError,
     UnavailableError,
 )
 
@@ -56,7 +57,7 @@ def explained(error: MillraceError) -> tuple[int, str]:
         (400, 'RESOURCE_ALREADY_EXISTS')
     """
     code = error.details.get("error_code") or _code(error)
-    if error.code == "quota.too_large":
+    if isinstance(error, TooLargeError):
         return 413, INVALID
     return STATUSES[code], code
 

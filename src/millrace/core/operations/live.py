@@ -53,17 +53,28 @@ class AlertList(Page, frozen=True, kw_only=True):
 
 
 class GcRequest(Request, frozen=True, kw_only=True):
-    """`apply`: delete; otherwise only say what would be freed."""
+    """`apply`: do it; otherwise only say what would be done.
+
+    `now`: spare neither what is young nor what was put aside lately. Only when nothing else writes.
+    """
 
     apply: bool = False
+    now: bool = False
 
 
 class GcResponse(Struct, frozen=True, kw_only=True):
-    """What was, or would be, deleted."""
+    """What was, or would be, done.
 
-    blobs: int
+    Unreferenced blobs are put aside first, and deleted once they have lain there for `gc_min_age_s`:
+    until then whoever asks for one gets it back. `runs` were deleted long ago and are now gone for good.
+    """
+
+    blobs: int  # put aside
     size_bytes: int
+    purged: int  # deleted
+    purged_bytes: int
     kept: int
+    runs: int
     applied: bool
 
 
