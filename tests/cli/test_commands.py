@@ -34,7 +34,8 @@ VERBS = {
     "service",
 }
 NOUNS = {
-    "runs": {"list", "show", "diff", "cancel", "delete"},
+    "runs": {"list", "show", "diff", "cancel", "delete", "restore"},
+    "projects": {"list", "create", "update", "delete", "restore"},
     "datasets": {"list", "show", "diff"},
     "models": {"list", "show", "register", "promote", "rollback", "export"},
     "endpoints": {"list", "show", "delete"},

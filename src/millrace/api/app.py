@@ -16,6 +16,7 @@ from millrace.api import meters, openapi
 from millrace.api.blobs import blob_routes
 from millrace.api.bodies import encode_json
 from millrace.api.guards import HostGuard
+from millrace.api.mlflow.routes import mlflow_routes
 from millrace.api.pages.routes import page_routes
 from millrace.api.problems import problem
 from millrace.api.routes import operation_routes
@@ -66,6 +67,7 @@ def build_app(
         Route("/openapi.json", describe),
         *blob_routes(dispatcher),
         *operation_routes(dispatcher, OPERATIONS.values(), Streams(is_stopping)),
+        *mlflow_routes(dispatcher),
         *page_routes(dispatcher),
     ]
     app = Starlette(

@@ -11,7 +11,8 @@ from millrace.cli.session import Session
 from millrace.core.operations.table import OPERATIONS
 
 NOUNS: dict[str, tuple[str, ...]] = {
-    "run": ("list", "get", "diff", "cancel", "delete"),
+    "run": ("list", "get", "diff", "cancel", "delete", "restore"),
+    "project": ("list", "create", "update", "delete", "restore"),
     "dataset": ("list", "get", "diff"),
     "model": ("list", "get", "register", "promote", "rollback", "export"),
     "endpoint": ("list", "get", "delete"),
@@ -19,6 +20,7 @@ NOUNS: dict[str, tuple[str, ...]] = {
 }
 _SUMMARIES = {
     "run": "Runs: what was executed, with every step.",
+    "project": "Projects: what runs belong to.",
     "dataset": "Dataset versions.",
     "model": "Model versions, aliases, promotion and roll-back.",
     "endpoint": "Served models.",

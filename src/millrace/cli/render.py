@@ -67,6 +67,12 @@ def render_runs(runs: list[Any]) -> None:
     print_table(["RUN", "NAME", "STATE", "STARTED", "TOOK"], rows)
 
 
+def render_projects(projects: list[Any]) -> None:
+    """Projects, newest first."""
+    rows = [[one.name, one.project, one.id, when(one.created_at)] for one in projects]
+    print_table(["PROJECT", "KEY", "ID", "CREATED"], rows)
+
+
 def render_run(view: Any) -> None:
     """A run with the line of every step."""
     render_runs([view.run])

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.control.numbering import next_number
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError
 from millrace.core.facts import RegisterFacts
@@ -105,7 +106,7 @@ def commit_model(services: Services, transaction: Transaction, run: Run, spec: S
     version = next((one for one in versions if one.bundle.digest == bundle.digest), None)
     verdict = facts.gate.verdict
     if version is None:
-        number = max((one.number for one in versions), default=0) + 1
+        number = next_number(transaction, facts.model, services.clock.now())
         version = _new_version(services, run, step, facts, number)
         transaction.put(version, expect_version=0)
     elif verdict in ("promoted", "kept", "undecided"):

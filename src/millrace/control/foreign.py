@@ -15,6 +15,7 @@ import polars as pl
 from millrace.compress.foreign import compress_model
 from millrace.control.commits import move_alias
 from millrace.control.models import view_of
+from millrace.control.numbering import next_number
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
 from millrace.core.errors import DataError, InputError, NotFoundError
@@ -187,7 +188,7 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
         if version is None:
             version = ModelVersion(
                 id=new_id(), created_at=services.clock.now(), name=name, bundle=bundle, signature=signed,
-                number=max((one.number for one in versions), default=0) + 1, source="onnx",
+                number=next_number(transaction, name, services.clock.now()), source="onnx",
             )  # fmt: skip
             transaction.put(version, expect_version=0)
             if body.alias:

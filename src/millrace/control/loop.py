@@ -9,19 +9,35 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from millrace.control.drivers import adopt_runs
+from millrace.control.drivers import Adopter
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, MillraceError
 from millrace.core.types import Lease
-from millrace.store.leases import LeaseKeeper, acquire
+from millrace.store.leases import LeaseKeeper, acquire, release
 
 LEADER = "leader"
 LEASE_TTL_S = 10.0
 TICK_S = 0.25
 ADOPT_EVERY = 8  # ticks
-Reconciler = Callable[[Lease], None]
 log = logging.getLogger(__name__)
+
+
+class Reconciler(Protocol):
+    """Makes something match what is wanted. Called from the loop's thread only."""
+
+    def __call__(self, lease: Lease) -> None:
+        """One round of the leader; writes are to carry the lease."""
+        ...
+
+    def close(self) -> None:
+        """Let go in order: this server stops. The lease of the last round is still held if it was not lost."""
+        ...
+
+    def step_down(self) -> None:
+        """Let go without a word: another server leads."""
+        ...
 
 
 class Loop:
@@ -30,11 +46,16 @@ class Loop:
     Args:
         services: The home.
         reconcilers: Called at every tick of the leader, with its lease.
+        lease_ttl_s: A leader that did not renew its lease for so long is replaced.
     """
 
-    def __init__(self, services: Services, reconcilers: Sequence[Reconciler] = ()) -> None:
+    def __init__(
+        self, services: Services, reconcilers: Sequence[Reconciler] = (), lease_ttl_s: float = LEASE_TTL_S
+    ) -> None:
         self._services = services
         self._reconcilers = reconcilers
+        self._lease_ttl_s = lease_ttl_s
+        self._adopter = Adopter(services)
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -48,35 +69,71 @@ class Loop:
                 self._follow_or_lead()
             except MillraceError as error:  # the database is away, the disk is full: it will come back
                 log.warning("the loop waits: %s", error.message)
+            except Exception:  # this process is all that seals and serves: it must not end
+                log.exception("the loop failed in a way that it should not, it goes on")
             self._stop.wait(TICK_S * 4)
 
     def _follow_or_lead(self) -> None:
-        adopt_runs(self._services)
-        lease = acquire(self._services.records, LEADER, self._services.clock, LEASE_TTL_S)
+        self._adopter.adopt()
+        lease = take_lead(self._services, self._lease_ttl_s)
         if lease is None:
+            for one in self._reconcilers:
+                one.step_down()
             return
         log.info("this process leads (token %d)", lease.token)
-        with LeaseKeeper(self._services.records, lease, self._services.clock, LEASE_TTL_S) as keeper:
+        with LeaseKeeper(self._services.records, lease, self._services.clock, self._lease_ttl_s) as keeper:
             self._lead(keeper)
+            if self._stop.is_set():  # before the lease is let go: nobody else begins until this has ended
+                for one in self._reconcilers:
+                    one.close()
 
     def _lead(self, keeper: LeaseKeeper) -> None:
         ticks = 0
         while not keeper.lost and not self._stop.is_set():
-            self._tick(keeper.lease, ticks)
+            if not self._tick(keeper.lease, ticks):
+                return
             ticks += 1
             self._stop.wait(TICK_S)
 
-    def _tick(self, lease: Lease, ticks: int) -> None:
-        """One round; a part that fails does not keep the others from their turn."""
-        parts: list[Callable[[], object]] = [lambda: self._services.records.seal(fence=lease.token)]
+    def _tick(self, lease: Lease, ticks: int) -> bool:
+        """One round; a part that fails does not keep the others from their turn. False: another one leads."""
+        parts: list[Callable[[], object]] = [lambda: self._refuse_replaced(lease)]
+        parts.append(lambda: self._services.records.seal(fence=lease.token))
         parts += [lambda one=one: one(lease) for one in self._reconcilers]
         if ticks % ADOPT_EVERY == 0:
-            parts.append(lambda: adopt_runs(self._services))
+            parts.append(self._adopter.adopt)
         for part in parts:
             try:
                 part()
             except ConflictError as error:
                 log.warning("a newer leader has taken over: %s", error.message)
-                return
+                return False
             except MillraceError as error:
                 log.warning("a part of the loop failed, it will be tried again: %s", error.message)
+            except Exception:
+                log.exception("a part of the loop failed in a way that it should not")
+        return True
+
+    def _refuse_replaced(self, lease: Lease) -> None:
+        """A process that slept for longer than its lease learns here that it was replaced, before it writes."""
+        stored = self._services.records.get(Lease, LEADER)
+        if stored is None or stored.token != lease.token or not stored.held:
+            raise ConflictError(f"the lease {LEADER!r} with token {lease.token} is lost")
+
+
+def take_lead(services: Services, ttl_s: float = LEASE_TTL_S) -> Lease | None:
+    """The leader's lease, or None while another one leads.
+
+    Unlike a run's driver, a leader that lives but has not renewed its lease in time is replaced on its own
+    host too: all that it writes carries its token, so that what it writes when it wakes is refused.
+    """
+    records, clock = services.records, services.clock
+    lease = acquire(records, LEADER, clock, ttl_s)
+    if lease is not None:
+        return lease
+    stored = records.get(Lease, LEADER)
+    if stored is None or not stored.held or stored.expires_at > clock.now():
+        return None
+    log.warning("the leader, process %d, is late by %.0f s: replaced", stored.pid, clock.now() - stored.expires_at)
+    release(records, stored)
+    return acquire(records, LEADER, clock, ttl_s)

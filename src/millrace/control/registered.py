@@ -9,6 +9,7 @@ import msgspec
 
 from millrace.control.commits import move_alias
 from millrace.control.dispatch import handles
+from millrace.control.numbering import model_of, next_number
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, NotFoundError
 from millrace.core.ids import canonical_json, new_id
@@ -32,23 +33,7 @@ def ensure_model(transaction: Transaction, name: str, now_s: float) -> Model:
     versions = transaction.find(ModelVersion, {"name": name})
     if not versions:
         raise no_model(name)
-    return transaction.put(_model_of(name, versions, now_s), expect_version=0)
-
-
-def next_number(transaction: Transaction, name: str, now_s: float) -> int:
-    """A number that no version of the model has or had; the model's record is made where there is none.
-
-    Args:
-        transaction: The one in which the version is put.
-        name: The model.
-        now_s: The present time.
-    """
-    versions = transaction.find(ModelVersion, {"name": name})
-    model = transaction.get(Model, name) or _model_of(name, versions, now_s)
-    number = max([model.last_number, *(version.number for version in versions)]) + 1
-    changed = msgspec.structs.replace(model, last_number=number, updated_at=now_s)
-    transaction.put(changed, expect_version=model.version)
-    return number
+    return transaction.put(model_of(name, versions, now_s), expect_version=0)
 
 
 def create_model(services: Services, name: str, description: str, tags: Mapping[str, str]) -> Model:
@@ -273,12 +258,6 @@ def no_version(name: str, number: int) -> NotFoundError:
 def _touch(transaction: Transaction, name: str, now_s: float) -> None:
     model = ensure_model(transaction, name, now_s)
     transaction.put(msgspec.structs.replace(model, updated_at=now_s), expect_version=model.version)
-
-
-def _model_of(name: str, versions: Sequence[ModelVersion], now_s: float) -> Model:
-    created_at = min((version.created_at for version in versions), default=now_s)
-    number = max((version.number for version in versions), default=0)
-    return Model(id=name, created_at=created_at, updated_at=now_s, name=name, last_number=number)
 
 
 def _refuse_taken(transaction: Transaction, name: str) -> None:

@@ -21,6 +21,7 @@ from millrace.control.planning import (
     plan_steps,
     section_value,
 )
+from millrace.control.projects import ensure_project
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, NotFoundError
@@ -40,7 +41,7 @@ def find_run(services: Services, text: str) -> Run:
         NotFoundError: There is none, or the prefix fits several.
     """
     if text == "last":
-        newest = services.records.find(Run, order="-created_at", limit=1)
+        newest = services.records.find(Run, {"deleted_at": None}, order="-created_at", limit=1)
         if not newest:
             raise NotFoundError(f"there are no runs in {services.home}", hint="`millrace run` makes one")
         return newest[0]
@@ -147,6 +148,7 @@ def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
                 id=new_id(), project=spec.project, created_at=services.clock.now(), name=spec.project,
                 spec_path=str(path), spec_text=text, overrides=body.overrides,
             )  # fmt: skip
+            ensure_project(transaction, run.project, services.clock.now())
             submitted = ops.Submitted(run=transaction.put(run, expect_version=0))
     if services.drives_apart:
         if live_lease(services, submitted.run) is None:
@@ -168,7 +170,9 @@ def list_runs(services: Services, body: ops.RunList) -> list[Run]:
     """Runs, newest first."""
     if not services.is_used:
         return []
-    where = {"state": body.state} if body.state else None
+    where: dict[str, str | None] = {"deleted_at": None}
+    if body.state:
+        where["state"] = body.state
     return services.records.find(Run, where, order="-created_at", limit=body.limit, offset=body.offset)
 
 
@@ -231,15 +235,14 @@ def cancel_run(services: Services, body: ops.CancelRequest) -> Run:
 
 @handles(ops.DELETE_RUN)
 def delete_run(services: Services, body: ops.RunRequest) -> Run:
-    """Remove an ended run and its steps; model versions and datasets stay."""
+    """Delete an ended run: it can be restored until `system gc` removes it; model versions and datasets stay."""
     run = find_run(services, body.run)
     if run.state not in RUN_END_STATES and live_lease(services, run) is not None:
         raise ConflictError(f"run {run.id} is still running", hint="cancel it first: `millrace runs cancel`")
-    with services.records.transaction() as transaction:
-        for step in transaction.find(Step, {"run_id": run.id}):
-            transaction.delete(Step, step.id)
-        transaction.delete(Run, run.id)
-    return run
+    if run.deleted_at is not None:
+        return run
+    changed = msgspec.structs.replace(run, deleted_at=services.clock.now())
+    return services.records.put(changed, expect_version=run.version)
 
 
 @handles(ops.READ_LOGS)

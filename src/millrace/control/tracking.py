@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from millrace.control.dispatch import handles
+from millrace.control.projects import ensure_project
 from millrace.control.runs import find_run
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
@@ -28,6 +29,7 @@ def start_tracking(services: Services, body: ops.TrackRequest) -> Run:
         tags={"source": "track"},
     )  # fmt: skip
     with services.records.transaction() as transaction:
+        ensure_project(transaction, run.project, now)
         transaction.log(run.id, params=_as_texts(body.params), tags=body.tags)
         return transaction.put(run, expect_version=0)
 

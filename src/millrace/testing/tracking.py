@@ -27,7 +27,7 @@ RISING = (
 )  # fmt: skip
 # Of runs a to e with the values 1, 2, inf, -inf, NaN, and f without the metric: operator, value, who fits.
 METRIC_COMPARISONS = (
-    ("=", 2.0, "b"), ("!=", 2.0, "acd"), ("<", 2, "ad"), ("<=", 2, "abd"), (">", 1.5, "bc"), (">=", INF, "c"),
+    ("=", 2.0, "b"), ("!=", 2.0, "acd"), ("<", 2, "ad"), ("<=", 2, "abe"), (">", 1.5, "bc"), (">=", INF, "c"),
     ("=", -INF, "d"), ("=", NAN, ""), ("!=", NAN, ""), (">", NAN, ""), ("IS NULL", None, "f"),
     ("IS NOT NULL", None, "abcde"),
 )  # fmt: skip

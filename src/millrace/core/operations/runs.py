@@ -192,9 +192,9 @@ CANCEL_RUN = Operation(
     path="/runs/{run}/cancel", is_write=True, subject_kind="run", subject_field="run", example=_RUN,
 )  # fmt: skip
 DELETE_RUN = Operation(
-    name="run.delete", summary="Delete an ended run's records; blobs go with `system gc`.", request=RunRequest,
-    response=Run, method="DELETE", path="/runs/{run}", is_write=True, subject_kind="run", subject_field="run",
-    example=_RUN,
+    name="run.delete", summary="Delete an ended run; it can be restored until `system gc` removes it.",
+    request=RunRequest, response=Run, method="DELETE", path="/runs/{run}", is_write=True, subject_kind="run",
+    subject_field="run", example=_RUN,
 )  # fmt: skip
 RESTORE_RUN = Operation(
     name="run.restore", summary="Bring a deleted run back.", request=RunRequest, response=Run, method="POST",
