@@ -66,9 +66,13 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
         )  # fmt: skip
 
     def open_signer() -> Signer:
-        return extras.load("millrace.security.signing:HomeSigner")(folder)
+        shared = None
+        if settings["records_url"].value:  # other homes may work on them
+            keys = extras.load("millrace.control.trust:RecordedKeys")
+            shared = keys(lambda: services.records, services.clock, str(folder))
+        return extras.load("millrace.security.signing:HomeSigner")(folder, shared)
 
-    return Services(
+    services = Services(
         home=folder,
         clock=SystemClock(),
         stages=STAGES,
@@ -81,6 +85,7 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
         open_blobs_at=open_blobs_at,
         drives_apart=drives_apart,
     )
+    return services
 
 
 def _open_records(home: Path, url: str) -> Records:

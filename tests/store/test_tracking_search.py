@@ -128,7 +128,9 @@ def fits(value: Any, operator: str, want: Any) -> bool:
             value, want = (re.sub("[A-Z]", lambda found: found[0].lower(), text) for text in (value, want))
         pattern = "".join({"%": ".*", "_": "."}.get(char, re.escape(char)) for char in want)
         return re.fullmatch(pattern, value, re.DOTALL) is not None
-    if isinstance(value, float) and (math.isnan(value) or math.isnan(want)):
+    if isinstance(value, float) and math.isnan(value):
+        return operator == "!="
+    if isinstance(value, float) and math.isnan(want):
         return False
     return {
         "=": lambda: value == want, "!=": lambda: value != want, "<": lambda: value < want, "<=": lambda: value <= want,
@@ -165,7 +167,7 @@ def evaluate(runs: dict[str, dict[str, Any]], query: RunQuery) -> list[str]:
             return sorted(one for one in options(run, key.field, key.key) if one == one)[:1]
 
         found.sort(key=lambda run: present(run), reverse=key.descending)
-        found.sort(key=lambda run: not present(run))
+        found.sort(key=lambda run, key=key: (not present(run), not options(run, key.field, key.key)))
     return [run["id"] for run in found][query.offset : query.offset + query.limit]
 
 

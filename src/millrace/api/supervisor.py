@@ -136,9 +136,13 @@ class Supervisor:
         for child in children:
             child.start()
         server_file.write(self._home, self._describe(url))
-        _wait_until_ready(self._config.host, port, lambda: self._stopping)
-        if not self._stopping:
+        if self._wait_until_ready(children, port):
             on_ready(url)
+        elif not self._stopping:
+            _stop(children)
+            raise UnavailableError(
+                f"no request was answered within {START_TIMEOUT_S:.0f} s", hint="the lines above say why"
+            )
         while not self._stopping:
             self._watch(children)
             time.sleep(0.1)
@@ -152,6 +156,16 @@ class Supervisor:
 
     def _on_signal(self, *_: object) -> None:
         self._stopping = True
+
+    def _wait_until_ready(self, children: list[Child], port: int) -> bool:
+        """Until a request is answered, or this is to stop; False when the time is up, or it is to stop."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and not self._stopping:
+            if _answers(self._config.host, port):
+                return True
+            self._watch(children)
+            time.sleep(0.05)
+        return False
 
     def _watch(self, children: list[Child]) -> None:
         for child in children:
@@ -287,17 +301,14 @@ def _once(work: Callable[[], None]) -> None:
         raise UnavailableError("the home could not be opened", hint="the lines above say why; see `millrace doctor`")
 
 
-def _wait_until_ready(host: str, port: int, is_stopping: Callable[[], bool]) -> None:
-    """Until an API process takes connections: the socket listens before there is one."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and not is_stopping():
-        try:
-            with socket.create_connection((host, port), timeout=2.0) as probe:
-                probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                if probe.recv(64).startswith(b"HTTP/1.1 200"):
-                    return
-        except OSError:
-            time.sleep(0.05)
+def _answers(host: str, port: int) -> bool:
+    """Whether an API process takes connections: the socket listens before there is one."""
+    try:
+        with socket.create_connection((host, port), timeout=2.0) as probe:
+            probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return probe.recv(64).startswith(b"HTTP/1.1 200")
+    except OSError:
+        return False
 
 
 def _stop(children: list[Child]) -> int:

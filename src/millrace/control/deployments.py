@@ -6,7 +6,8 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,11 +22,16 @@ from millrace.core.refs import Ref
 from millrace.core.types import Alias, Endpoint, Lease, ModelVersion
 from millrace.formats.bundle import open_bundle
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
+from millrace.serve.listen import bind
 from millrace.serve.telemetry import TelemetryFrame
+from millrace.store.leases import check_fence
 
 WANTED, STARTING, READY, FAILED, STOPPED = "wanted", "starting", "ready", "failed", "stopped"
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 30.0
+PORT_WAIT_S = 15.0  # longer than a host drains
+RETRY_S = 5.0  # between looks at a version that cannot be served
+LOOPBACK = "127.0.0.1"
 CRASHES_OF_A_LOOP = 5
 SHARED = ""  # the key of the process that hosts all endpoints but isolated ones
 log = logging.getLogger(__name__)
@@ -88,6 +94,7 @@ class Host:
         self.began = 0.0
         self.crashes = 0
         self.due_at = 0.0
+        self.waits_for_port_until = 0.0
 
     @property
     def is_in_crash_loop(self) -> bool:
@@ -101,86 +108,170 @@ class Host:
         self.due_at = now + BACKOFF_S[min(self.crashes, len(BACKOFF_S) - 1)]
         self.process, self.applied = None, {}
 
+    def waits_for_port(self) -> bool:
+        """Whether the port is still held by the process before, which drains; not for ever."""
+        if self.port == 0:
+            return False
+        try:
+            bind(LOOPBACK, self.port).close()
+        except MillraceError:
+            now = time.monotonic()
+            self.waits_for_port_until = self.waits_for_port_until or now + PORT_WAIT_S
+            if now < self.waits_for_port_until:
+                self.due_at = now + 2 * BACKOFF_S[1]
+                return True
+        self.waits_for_port_until = 0.0
+        return False
+
+
+class Wish(NamedTuple):
+    """What an endpoint asks for, its alias resolved: equal wishes are served by equal models."""
+
+    model: str
+    number: int
+    variant: str
+    threads: int
+
 
 class Reconciler:
     """Makes what is served match what is wanted. Used by the leader's loop only; not thread-safe.
 
     Args:
         services: The home.
-        port: Where the shared process listens; 0 takes a free port and keeps it.
+        port: Where the shared process listens; 0 takes the port of the server before, or a free one, and keeps it.
     """
 
     def __init__(self, services: Services, port: int = 0) -> None:
         self._services = services
+        self._lease: Lease | None = None
         self._hosts: dict[str, Host] = {SHARED: Host(SHARED, port)}
-        self._watches: dict[str, tuple[int, Watch]] = {}
+        self._watches: dict[str, Watch] = {}
         self._frames: queue.Queue[tuple[str, TelemetryFrame]] = queue.Queue()
         self._states: queue.Queue[tuple[str, ModelState]] = queue.Queue()
-        self._models: dict[str, HostedModel] = {}
-        self._versions: dict[str, ModelVersion] = {}
+        self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
+        self._refused: dict[str, tuple[Wish, float]] = {}  # what cannot be served, and when to try it again
 
     def __call__(self, lease: Lease) -> None:
         """One round."""
         endpoints = [one for one in self._services.records.find(Endpoint) if one.is_managed]
+        if self._lease is None or self._lease.token != lease.token:
+            self._lease = lease
+            self._take_over(endpoints)
+        self._forget_all_but({endpoint.name for endpoint in endpoints})
         wanted: dict[str, dict[str, HostedModel]] = {SHARED: {}}
         for endpoint in endpoints:
             model = self._model_of(endpoint)
             if model is not None:
                 wanted.setdefault(endpoint.name if endpoint.is_isolated else SHARED, {})[endpoint.name] = model
-        fresh = {endpoint.name for endpoint in endpoints if endpoint.state in (WANTED, STOPPED)}
+        fresh = {endpoint.name for endpoint in endpoints if endpoint.state in (WANTED, STOPPED)} - self._refused.keys()
         for key in {*self._hosts, *wanted}:
             self._keep(self._hosts.setdefault(key, Host(key, 0)), wanted.get(key, {}), fresh)
         self._drain(self._states, self._take_state)
         self._drain(self._frames, self._take_frame)
-        for name, (_, watch) in self._watches.items():
+        for name, watch in self._watches.items():
             self._log(name, watch.tick())
 
     def close(self) -> None:
-        """Drain and stop every serving process."""
-        for host in self._hosts.values():
-            if host.process is not None:
-                host.process.stop()
-                host.process = None
+        """Drain and stop every serving process, and say so."""
+        pids = self._stop_all()
+        if self._lease is None or not pids:
+            return
         for endpoint in self._services.records.find(Endpoint):
-            if endpoint.is_managed and endpoint.state == READY:
+            if endpoint.is_managed and endpoint.pid in pids:
                 self._write(endpoint.name, state=STOPPED, pid=None, text="the server was stopped")
+
+    def step_down(self) -> None:
+        """Drain and stop every serving process: another server's endpoints take their place."""
+        self._stop_all()
+        self._lease = None
+
+    def _stop_all(self) -> set[int]:
+        processes = [host.process for host in self._hosts.values() if host.process is not None]
+        for process in processes:  # all at once: each drains
+            process.terminate()
+        for process in processes:
+            process.stop()
+        for host in self._hosts.values():
+            host.process, host.applied = None, {}
+        return {process.pid for process in processes}
+
+    def _take_over(self, endpoints: list[Endpoint]) -> None:
+        """What another leader served is not served any more; clients know its port, so it is taken again."""
+        own = {host.process.pid for host in self._hosts.values() if host.process is not None}
+        for endpoint in endpoints:
+            if endpoint.pid in own:
+                continue
+            host = self._hosts.setdefault(endpoint.name, Host(endpoint.name, 0)) if endpoint.is_isolated else (
+                self._hosts[SHARED]
+            )  # fmt: skip
+            if endpoint.url is not None and host.port == 0:
+                host.port = urlsplit(endpoint.url).port or 0
+            if endpoint.state == READY:
+                text = "the process that served it is gone; it is started again"
+                self._write(endpoint.name, state=STARTING, text=text, pid=None)
+
+    def _forget_all_but(self, names: set[str]) -> None:
+        known: tuple[dict[str, Any], ...] = (self._models, self._watches, self._refused)
+        for one in known:
+            for name in one.keys() - names:
+                del one[name]
 
     # ------------------------------------------------------------------ wanted
 
     def _model_of(self, endpoint: Endpoint) -> HostedModel | None:
-        """What an endpoint wants served now: with an alias, whatever that points to."""
-        try:
-            return self._hosted(endpoint)
-        except MillraceError as error:  # a deleted version, a corrupt bundle: this endpoint's trouble alone
-            if (endpoint.state, endpoint.text) != (FAILED, error.message):
-                self._write(endpoint.name, state=FAILED, text=error.message, url=None, pid=None)
-            return None
+        """What an endpoint is to serve now. What cannot be served is this endpoint's trouble alone.
 
-    def _hosted(self, endpoint: Endpoint) -> HostedModel:
+        A version that is corrupt does not take the place of the one before; a deleted one is served no longer.
+        """
+        wish = self._wish_of(endpoint)
+        known = self._models.get(endpoint.name)
+        if known is not None and not self._is_registered(known[1]):
+            del self._models[endpoint.name]
+            known = None
+        if known is not None and known[0] == wish:
+            self._refused.pop(endpoint.name, None)
+            return known[2]
+        refused = self._refused.get(endpoint.name)
+        if refused is None or refused[0] != wish or time.monotonic() > refused[1] or endpoint.state == WANTED:
+            try:
+                known = self._models[endpoint.name] = (wish, *self._open(endpoint, wish))
+            except MillraceError as error:
+                self._refused[endpoint.name] = (wish, time.monotonic() + RETRY_S)
+                self._say_refused(endpoint, error, known[1] if known is not None else None)
+            else:
+                self._refused.pop(endpoint.name, None)
+        return known[2] if known is not None else None
+
+    def _wish_of(self, endpoint: Endpoint) -> Wish:
+        """With an alias, whatever that points to."""
         number = endpoint.number
         if endpoint.alias is not None:
             alias = self._services.records.get(Alias, f"{endpoint.model}/{endpoint.alias}")
             number = alias.number if alias is not None else number
-        known = self._models.get(endpoint.name)
-        same = (f"{number}", endpoint.variant, endpoint.threads)
-        if known is not None and (known.version, known.asked_variant, known.threads) == same:
-            return known
-        version = resolve_model(self._services, f"{endpoint.model}@{number}")
+        return Wish(endpoint.model, number, endpoint.variant, endpoint.threads)
+
+    def _is_registered(self, version: ModelVersion) -> bool:
+        return self._services.records.get(ModelVersion, version.id) is not None
+
+    def _open(self, endpoint: Endpoint, wish: Wish) -> tuple[ModelVersion, HostedModel]:
+        version = resolve_model(self._services, f"{wish.model}@{wish.number}")
         folder = open_version(self._services, version)
         bundle = open_bundle(folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
         serve, monitor = sections_of(self._services.home)
         model = HostedModel(
-            endpoint=endpoint.name, bundle_dir=str(folder), digest=version.bundle.digest, version=str(number),
-            variant=endpoint.variant or version.chosen_variant, asked_variant=endpoint.variant,
-            threads=endpoint.threads, max_batch=serve.max_batch, queue=serve.queue,
-            reference=bundle.reference or None,
+            endpoint=endpoint.name, bundle_dir=str(folder), digest=version.bundle.digest, version=str(wish.number),
+            variant=wish.variant or version.chosen_variant, asked_variant=wish.variant, threads=wish.threads,
+            max_batch=serve.max_batch, queue=serve.queue, reference=bundle.reference or None,
         )  # fmt: skip
-        self._models[endpoint.name] = model
-        self._versions[endpoint.name] = version
-        self._watches[endpoint.name] = (
-            version.number, Watch(self._services, endpoint.name, version, bundle.reference, monitor)
-        )  # fmt: skip
-        return model
+        self._watches[endpoint.name] = Watch(self._services, endpoint.name, version, bundle.reference, monitor)
+        return version, model
+
+    def _say_refused(self, endpoint: Endpoint, error: MillraceError, served: ModelVersion | None) -> None:
+        if served is None:
+            self._write(endpoint.name, state=FAILED, text=error.message, url=None, pid=None)
+        else:
+            text = f"{error.message}; {served.name} v{served.number} is still served"
+            self._write(endpoint.name, state=FAILED, text=text)
 
     # ------------------------------------------------------------------ served
 
@@ -200,7 +291,7 @@ class Reconciler:
                 host.process, host.applied = None, {}
             return
         if process is None:
-            if time.monotonic() < host.due_at:
+            if time.monotonic() < host.due_at or host.waits_for_port():
                 return
             process = self._start(host, wanted)
         if process is not None and (wanted != host.applied or fresh & {*wanted}):
@@ -211,17 +302,18 @@ class Reconciler:
 
     def _start(self, host: Host, wanted: dict[str, HostedModel]) -> HostProcess | None:
         host.began = time.monotonic()
-        process = HostProcess(
-            HostConfig(port=host.port),
-            on_frame=lambda name, frame: self._frames.put((name, frame)),
-            on_state=lambda state: self._states.put((host.key, state)),
-        )
         try:
+            process = HostProcess(
+                HostConfig(host=LOOPBACK, port=host.port),
+                on_frame=lambda name, frame: self._frames.put((name, frame)),
+                on_state=lambda state: self._states.put((host.key, state)),
+            )
             host.port = process.wait_ready()
-        except MillraceError as error:
+        except (MillraceError, OSError) as error:
             host.note_death()
+            text = error.message if isinstance(error, MillraceError) else f"no process could be started: {error}"
             for name in wanted:
-                self._write(name, state=FAILED, text=error.message, url=None, pid=None)
+                self._write(name, state=FAILED, text=text, url=None, pid=None)
             return None
         host.process = process
         return process
@@ -235,30 +327,33 @@ class Reconciler:
     # ------------------------------------------------------------------ seen
 
     def _take_state(self, item: tuple[str, ModelState]) -> None:
+        """A host has loaded a model, or not. What it says of a model that is wanted no longer is old news."""
         key, state = item
-        host = self._hosts.get(key)
-        if host is None or host.process is None or state.endpoint not in host.applied:
+        host, known = self._hosts.get(key), self._models.get(state.endpoint)
+        if host is None or host.process is None or known is None or known[2].version != state.version:
             return
-        if state.error is not None:
-            message = state.error["message"]
-            self._write(state.endpoint, state=FAILED, text=message, url=None, pid=None)
-            return
-        version = self._versions[state.endpoint]
-        self._write(
-            state.endpoint, state=READY, text="", url=f"http://127.0.0.1:{host.port}", pid=host.process.pid,
-            number=version.number,
-        )  # fmt: skip
+        where = {"url": f"http://{LOOPBACK}:{host.port}", "pid": host.process.pid}
+        if state.endpoint in self._refused:  # the version before is served on
+            self._write(state.endpoint, **where)
+        elif state.error is not None:
+            self._write(state.endpoint, state=FAILED, text=state.error["message"], url=None, pid=None)
+        else:
+            self._write(state.endpoint, state=READY, text="", number=known[1].number, **where)
 
     def _take_frame(self, item: tuple[str, TelemetryFrame]) -> None:
         name, frame = item
-        found = self._watches.get(name)
-        if found is not None:
-            self._log(name, found[1].take(frame))
+        watch = self._watches.get(name)
+        if watch is not None:
+            self._log(name, watch.take(frame))
 
     def _write(self, name: str, **changes: Any) -> None:
+        assert self._lease is not None
         with self._services.records.transaction() as transaction:
+            check_fence(transaction, self._lease)
             endpoint = transaction.get(Endpoint, name)
             if endpoint is not None and endpoint.is_managed:
+                if endpoint.state == WANTED and changes.get("state") == READY:
+                    return  # deployed anew since: the next round tells what becomes of that
                 changed = msgspec.structs.replace(endpoint, **changes)
                 if changed != endpoint:
                     transaction.put(changed, expect_version=endpoint.version)

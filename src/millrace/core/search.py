@@ -25,7 +25,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     `key` is one of `RUN_ATTRIBUTES` for an attribute, of `DATASET_KEYS` for a dataset, else the name of a
     metric (its latest value), parameter or tag. `value` is a number for metrics and times, text otherwise,
     a tuple of texts for IN and NOT IN, None for IS NULL and IS NOT NULL. A run without the key never fits,
-    except for IS NULL. LIKE heeds case, ILIKE does not; `%` and `_` are wildcards.
+    except for IS NULL; NaN differs (!=) from every number. LIKE heeds case, ILIKE does not; `%` and `_` are wildcards.
     """
 
     field: Field
@@ -35,7 +35,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
 
 class Ordering(Struct, frozen=True, kw_only=True):
-    """One key of an order. Metrics: numbers first, then NaN and absent, in both directions; absent last."""
+    """One key of an order. Metrics: numbers, then NaN, then absent, in both directions; others: absent last."""
 
     field: Field
     key: str

@@ -261,6 +261,14 @@ class MetricPoint(msgspec.Struct, frozen=True, array_like=True):
     at: float
 
 
+class TrustedKey(Record, frozen=True, kw_only=True):
+    """The public key of a home that works on these records: every other home on them trusts it. Its id is the key's."""
+
+    kind: ClassVar[str] = "trusted_key"
+    pem: str
+    home: str = ""
+
+
 RECORD_TYPES: dict[str, type[Record]] = {
     record.kind: record
     for record in (
@@ -277,5 +285,6 @@ RECORD_TYPES: dict[str, type[Record]] = {
         Endpoint,
         Alert,
         Lease,
+        TrustedKey,
     )
 }

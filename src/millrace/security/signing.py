@@ -1,7 +1,8 @@
 """Ed25519 signatures over digests, with the home's own key and the keys that the home trusts.
 
 `keys/signing.key` (PKCS #8, mode 0600, made on first use) signs; `keys/signing.pub` is for others;
-`keys/trusted/*.pub` are others' keys. Trust comes from these files only, never from a bundle.
+`keys/trusted/*.pub` are others' keys. Homes that share records publish their public keys there, and trust
+one another's. Trust comes from these places only, never from a bundle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -39,11 +40,24 @@ class SignatureDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 _DECODER = msgspec.json.Decoder(SignatureDocument)
 
 
+class SharedKeys(Protocol):
+    """Public keys that several homes publish for one another."""
+
+    def publish(self, key_id: str, pem: bytes) -> None:
+        """Make a key known; does nothing when it is."""
+        ...
+
+    def find(self, key_id: str) -> bytes | None:
+        """A known key as PEM."""
+        ...
+
+
 class HomeSigner:
     """Implements `core.ports.Signer` with the keys below a home. Thread- and process-safe.
 
     Args:
         home: The home folder; nothing is made before the first signature.
+        shared: Where homes that work on the same records publish their keys; None for a home of its own.
 
     Example:
         >>> import tempfile
@@ -54,8 +68,10 @@ class HomeSigner:
         True
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, shared: SharedKeys | None = None) -> None:
         self._folder = Path(home) / "keys"
+        self._shared = shared
+        self._is_published = False
 
     @property
     def key_id(self) -> str:
@@ -69,6 +85,7 @@ class HomeSigner:
     def sign(self, digest: str) -> bytes:
         """A signature document (JSON: key id, algorithm, digest, signature)."""
         key = self._private_key()
+        self._publish(key.public_key())
         signature = base64.b64encode(key.sign(_CONTEXT + digest.encode())).decode()
         document = SignatureDocument(
             algorithm=ALGORITHM, key_id=key_id(key.public_key()), digest=digest, signature=signature
@@ -94,7 +111,7 @@ class HomeSigner:
             raise UntrustedError(f"want a signature by {ALGORITHM}, got {document.algorithm!r}")
         if document.digest != digest:
             raise UntrustedError(f"the signature is for {document.digest}, not for {digest}: the content was altered")
-        key = self._trusted().get(document.key_id)
+        key = self._trusted().get(document.key_id) or self._published(document.key_id)
         if key is None:
             raise UntrustedError(f"{digest} is signed by the key {document.key_id}, which is not trusted here")
         try:
@@ -108,9 +125,24 @@ class HomeSigner:
         keys = []
         if (self._folder / "signing.key").exists():
             keys.append(self._private_key().public_key())
+            self._publish(keys[0])
         for path in sorted((self._folder / "trusted").glob("*.pub")):
             keys.append(_load(path, serialization.load_pem_public_key, Ed25519PublicKey))
         return {key_id(key): key for key in keys}
+
+    def _publish(self, key: Ed25519PublicKey) -> None:
+        """Once per process; also what was signed before the records were shared is trusted elsewhere then."""
+        if self._shared is not None and not self._is_published:
+            self._shared.publish(key_id(key), _pem(key))
+            self._is_published = True
+
+    def _published(self, wanted: str) -> Ed25519PublicKey | None:
+        """The key of another home on the same records; its id must be that of its bytes."""
+        pem = self._shared.find(wanted) if self._shared is not None else None
+        if pem is None:
+            return None
+        key = _parse(pem, f"the published key {wanted}", serialization.load_pem_public_key, Ed25519PublicKey)
+        return key if key_id(key) == wanted else None
 
     def _private_key(self) -> Ed25519PrivateKey:
         path = self._folder / "signing.key"
@@ -170,11 +202,19 @@ def _load_private(text: bytes) -> object:
 
 def _load(path: Path, load: Callable[[bytes], object], key_type: type[K]) -> K:
     try:
-        key = load(path.read_bytes())
-    except (ValueError, TypeError, OSError) as error:
+        text = path.read_bytes()
+    except OSError as error:
         raise UntrustedError(f"{path} is not a readable key: {error}", hint="remove the file or replace it") from error
+    return _parse(text, str(path), load, key_type)
+
+
+def _parse(text: bytes, place: str, load: Callable[[bytes], object], key_type: type[K]) -> K:
+    try:
+        key = load(text)
+    except (ValueError, TypeError) as error:
+        raise UntrustedError(f"{place} is not a readable key: {error}", hint="remove it or replace it") from error
     if not isinstance(key, key_type):
-        raise UntrustedError(f"{path} holds another kind of key, want {ALGORITHM}", hint="remove or replace the file")
+        raise UntrustedError(f"{place} holds another kind of key, want {ALGORITHM}", hint="remove or replace it")
     return key
 
 

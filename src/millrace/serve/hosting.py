@@ -135,10 +135,14 @@ class HostProcess:
         """Serve these models and no others. New ones are loaded beside the old, then take their place."""
         self._send(Hosted(models=list(models)))
 
-    def stop(self, timeout_s: float = 15.0) -> int:
-        """SIGTERM, wait for the drain and the last telemetry; SIGKILL after the time. The exit code."""
+    def terminate(self) -> None:
+        """SIGTERM: it drains."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+
+    def stop(self, timeout_s: float = 15.0) -> int:
+        """SIGTERM, wait for the drain and the last telemetry; SIGKILL after the time. The exit code."""
+        self.terminate()
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millrace.core.types import RECORD_TYPES
 
-HEAD = "0002"  # the newest revision under migrations/versions; a test compares
+HEAD = "0003"  # the newest revision under migrations/versions; a test compares
 
 
 class Column(NamedTuple):
@@ -71,5 +71,6 @@ TABLES: dict[str, TableLayout] = {
         "alerts", (Column("endpoint"), Column("model"), _STATE), (("created_at",), ("endpoint", "state"))
     ),
     "lease": TableLayout("leases", (), ()),
+    "trusted_key": TableLayout("trusted_keys", (), ()),
 }
 assert set(TABLES) == set(RECORD_TYPES)

@@ -122,6 +122,8 @@ def _condition(dialect: Dialect, comparison: Comparison) -> Sql:
         present = Sql("")  # a value that is NaN is NULL, and yet there
     if not is_presence:
         test = _test(dialect, column, comparison, field == "metric")
+        if field == "metric" and operator == "!=":
+            test = Sql(f"({test.text} OR {column} IS NULL)", test.values)  # NaN differs from every number
         present = Sql(f" AND {test.text}", test.values)
     exists = "NOT EXISTS" if operator == "IS NULL" else "EXISTS"
     return Sql(f"{exists} (SELECT 1 FROM {rows.text}{present.text})", rows.values + present.values)
@@ -174,8 +176,13 @@ def _walks(dialect: Dialect, order: Sequence[Ordering]) -> Iterator[_Walk]:
         yield _walk(dialect, keys[position:], absent)
         if key.field == "attribute" and key.key not in _ABSENT_TIMES:
             return
-        column = _column(dialect, key.field, key.key)
-        absent += (Sql(f"{column.text} IS NULL", column.values),)
+        if key.field == "metric":
+            yield _nan_walk(dialect, keys[position:], absent)
+            rows = _values(key.field, key.key)
+            absent += (Sql(f"NOT EXISTS (SELECT 1 FROM {rows.text})", rows.values),)
+        else:
+            column = _column(dialect, key.field, key.key)
+            absent += (Sql(f"{column.text} IS NULL", column.values),)
     yield _Walk("runs r", absent, Sql(f"r.id {_direction(keys[-1])}"), "r.id")
 
 
@@ -191,12 +198,30 @@ def _walk(dialect: Dialect, keys: Sequence[Ordering], absent: tuple[Sql, ...]) -
         id, column = ("o.run_id" if is_indexed else "r.id"), Sql("o.value")
     elif first.field == "dataset" or first.key in _ABSENT_TIMES:
         where = (Sql(f"{column.text} IS NOT NULL"), *absent)
-    order, values = [f"{column.text} {_direction(first)}"], ()
-    for key in keys[1:]:
+    order, values = _rest_of_order(dialect, keys[1:])
+    order = [f"{column.text} {_direction(first)}", *order, f"{id} {_direction(keys[-1])}"]
+    return _Walk(source, where, Sql(", ".join(order), values), id)
+
+
+def _nan_walk(dialect: Dialect, keys: Sequence[Ordering], absent: tuple[Sql, ...]) -> _Walk:
+    """The runs whose first key, a metric, is NaN."""
+    where = (Sql("o.key = ? AND o.value IS NULL AND r.id = o.run_id", (keys[0].key,)), *absent)
+    order, values = _rest_of_order(dialect, keys[1:])
+    order = [*order, f"o.run_id {_direction(keys[-1])}"]
+    return _Walk(f"{_TABLES['metric']} o CROSS JOIN runs r", where, Sql(", ".join(order), values), "o.run_id")
+
+
+def _rest_of_order(dialect: Dialect, keys: Sequence[Ordering]) -> tuple[list[str], tuple[Any, ...]]:
+    order, values = [], ()
+    for key in keys:
         column = _column(dialect, key.field, key.key)
         order.append(f"{column.text} {_direction(key)} NULLS LAST")
         values += column.values
-    return _Walk(source, where, Sql(f"{', '.join(order)}, {id} {_direction(keys[-1])}", values), id)
+        if key.field == "metric":  # NaN before absent, both of which have no number
+            rows = _values(key.field, key.key)
+            order.append(f"(SELECT 1 FROM {rows.text}) NULLS LAST")
+            values += rows.values
+    return order, values
 
 
 def _column(dialect: Dialect, field: str, key: str) -> Sql:

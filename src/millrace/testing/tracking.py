@@ -27,8 +27,8 @@ RISING = (
 )  # fmt: skip
 # Of runs a to e with the values 1, 2, inf, -inf, NaN, and f without the metric: operator, value, who fits.
 METRIC_COMPARISONS = (
-    ("=", 2.0, "b"), ("!=", 2.0, "acd"), ("<", 2, "ad"), ("<=", 2, "abe"), (">", 1.5, "bc"), (">=", INF, "c"),
-    ("=", -INF, "d"), ("=", NAN, ""), ("!=", NAN, ""), (">", NAN, ""), ("IS NULL", None, "f"),
+    ("=", 2.0, "b"), ("!=", 2.0, "acde"), ("<", 2, "ad"), ("<=", 2, "abd"), (">", 1.5, "bc"), (">=", INF, "c"),
+    ("=", -INF, "d"), ("=", NAN, ""), ("!=", NAN, "e"), (">", NAN, ""), ("IS NULL", None, "f"),
     ("IS NOT NULL", None, "abcde"),
 )  # fmt: skip
 TEXTS = ("Ab", "ab", "", "x*y[z]?\\", "É😀")  # of runs a to e; f has none
@@ -332,7 +332,7 @@ class TrackingConformance:
         for id, value in (("a", NAN), ("b", 2.0), ("c", None), ("d", -INF), ("e", INF), ("f", -1.0)):
             add(records, id, {} if value is None else {"m": value})
         assert ids(records, order=(by("metric.m"),)) == ["d", "f", "b", "e", "a", "c"]
-        assert ids(records, order=(by("-metric.m"),)) == ["e", "b", "f", "d", "c", "a"]
+        assert ids(records, order=(by("-metric.m"),)) == ["e", "b", "f", "d", "a", "c"]
         assert ids(records, order=(by("-metric.m"), by("attribute.id"))) == ["e", "b", "f", "d", "a", "c"]
         assert ids(records, order=(by("metric.nothing"),)) == list("abcdef")
 
