@@ -38,6 +38,7 @@ HANDLER_MODULES = (
     "millrace.control.projects",
     "millrace.control.recorded",
     "millrace.control.registered",
+    "millrace.control.mlflow_import.verbs",
 )
 
 
@@ -51,6 +52,7 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
     flags = {"home": home} if home else {}
     folder = Path(home).absolute() if home else find_home(Path.cwd())
     settings = resolve_settings(flags, home=folder)
+    records_url, clock = settings["records_url"].value, SystemClock()
 
     def open_records_at(url: str) -> Records:
         return _open_records(folder, url)
@@ -66,18 +68,24 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
         )  # fmt: skip
 
     def open_signer() -> Signer:
-        shared = None
-        if settings["records_url"].value:  # other homes may work on them
-            keys = extras.load("millrace.control.trust:RecordedKeys")
-            shared = keys(lambda: services.records, services.clock, str(folder))
-        return extras.load("millrace.security.signing:HomeSigner")(folder, shared)
+        published = extras.load("millrace.control.trust:published_key")
+        find = (lambda key_id: published(services.records, key_id)) if records_url else None
+        return extras.load("millrace.security.signing:HomeSigner")(folder, find)
+
+    def open_records() -> Records:
+        records = open_records_at(records_url)
+        if records_url:  # other homes may work on them, and are to trust what this one signs
+            own = extras.load("millrace.security.signing:HomeSigner")(folder)
+            publish = extras.load("millrace.control.trust:publish_key")
+            publish(records, clock, str(folder), own.key_id, own.public_key())
+        return records
 
     services = Services(
         home=folder,
-        clock=SystemClock(),
+        clock=clock,
         stages=STAGES,
         settings=settings,
-        open_records=lambda: open_records_at(settings["records_url"].value),
+        open_records=open_records,
         open_blobs=lambda: open_blobs_at(settings["blobs_url"].value),
         open_compute=open_compute,
         open_signer=open_signer,

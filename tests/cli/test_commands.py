@@ -32,6 +32,7 @@ VERBS = {
     "up",
     "deploy",
     "service",
+    "import",
 }
 NOUNS = {
     "runs": {"list", "show", "diff", "cancel", "delete", "restore"},

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import millrace
-from millrace.cli import nouns, server_verbs, service_verbs, verbs
+from millrace.cli import import_verbs, nouns, server_verbs, service_verbs, verbs
 from millrace.cli.session import Session
 from millrace.core.errors import MillraceError, UnavailableError
 
@@ -78,5 +78,11 @@ def cli(session: Session, home: str | None, embedded: bool, verbose: bool) -> No
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-for command in (*verbs.COMMANDS, *server_verbs.COMMANDS, *service_verbs.COMMANDS, *nouns.groups()):
+for command in (
+    *verbs.COMMANDS,
+    *server_verbs.COMMANDS,
+    *service_verbs.COMMANDS,
+    *import_verbs.COMMANDS,
+    *nouns.groups(),
+):
     cli.add_command(command)

@@ -125,9 +125,14 @@ def print_end(end: RunEvent, facts: dict[str, dict[str, Any]], spec_path: Path) 
         click.echo(verdict_line(compress))
     folder = os.path.relpath(spec_path.parent)
     model = facts.get("register", {}).get("model")
-    parts = [f"report {os.path.relpath(end.report_path)}"] if end.report_path else []
+    parts = [f"report {_shown(end.report_path)}"] if end.report_path else []
     if model:
         step = "" if folder == "." else f"cd {folder} && "
         parts.append(f"next: {step}millrace serve {model}")
     if parts:
         click.echo("    ".join(parts))
+
+
+def _shown(place: str) -> str:
+    """A report's path from here, or its page on a server."""
+    return place if place.startswith("http") else os.path.relpath(place)

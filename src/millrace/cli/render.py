@@ -134,9 +134,10 @@ def render_model(detail: Any) -> None:
 def render_endpoints(endpoints: list[Any]) -> None:
     """Endpoints."""
     rows = [
-        [one.name, one.state, f"{one.model}@{one.number}", one.variant, one.url or "-"] for one in endpoints
-    ]  # fmt: skip
-    print_table(["ENDPOINT", "STATE", "MODEL", "VARIANT", "URL"], rows)
+        [one.name, one.state, f"{one.model}@{one.number}", one.variant or "chosen", one.url or "-", one.text]
+        for one in endpoints
+    ]
+    print_table(["ENDPOINT", "STATE", "MODEL", "VARIANT", "URL", "WHY"], rows)
 
 
 def render_endpoint(endpoint: Any) -> None:
@@ -211,7 +212,11 @@ def render_checks(checks: list[Any]) -> None:
 
 def render_settings(values: list[Any], home: Path) -> None:
     """Settings with their origin."""
-    rows = [[value.name, value.value if value.value != "" else home, value.origin, value.summary] for value in values]
+    in_home = {"home": home, "records_url": home / "records.db", "blobs_url": home / "blobs"}
+    rows = [
+        [value.name, value.value if value.value != "" else in_home.get(value.name, "-"), value.origin, value.summary]
+        for value in values
+    ]
     print_table(["SETTING", "VALUE", "FROM", "WHAT"], rows)
 
 

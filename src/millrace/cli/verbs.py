@@ -291,7 +291,8 @@ def open_report(session: Session, run: str, as_json: bool) -> None:
     session.as_json = as_json
     view = session.call("run.get", run=run)
     if view.report_path is None:
-        raise NotFoundError(f"run {run!r} has no report yet", hint="it is written when the run ends")
+        why = "it is written when the run ends" if view.run.spec_path else "only runs of a spec have one: `millrace up`"
+        raise NotFoundError(f"run {run!r} has no report", hint=why)
     if as_json:
         session.print_json({"report": view.report_path})
         return

@@ -36,10 +36,10 @@ class HttpTransport:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"a server's URL must begin with http:// or https://, got {url!r}")
-        self.url = url.rstrip("/")
+        self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")  # shown in errors: without a password
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # an operation takes as long as it takes
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, transport=httpx.HTTPTransport(retries=RETRIES), trust_env=False
+            base_url=parsed, timeout=timeout, transport=httpx.HTTPTransport(retries=RETRIES), trust_env=False
         )
 
     def call(self, operation: str, body: Mapping[str, Any]) -> Any:

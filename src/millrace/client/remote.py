@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +15,7 @@ import msgspec
 from millrace.client.http import MSGPACK, PREFIX, HttpTransport, error_of, reaching
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError
 from millrace.core.operations.registry import ExportResponse, OpenModelResponse
+from millrace.core.operations.runs import RunEvent
 from millrace.core.types import Artifact, ModelVersion, TreeEntry
 
 CHUNK_BYTES = 1 << 20
@@ -39,6 +40,18 @@ class RemoteTransport(HttpTransport):
         if operation in localized:
             return localized[operation](dict(body))
         return super().call(operation, self._with_uploads(operation, dict(body)))
+
+    def stream(self, operation: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """Ask for an operation that answers with a sequence."""
+        if operation == "endpoint.serve":
+            raise InputError(
+                "`serve` would serve on the server's machine, and only as long as this command lasts",
+                hint=f"millrace deploy {body.get('model', 'MODEL')} --endpoint NAME",
+            )
+        for item in super().stream(operation, body):
+            if isinstance(item, RunEvent) and item.report_path:
+                item = msgspec.structs.replace(item, report_path=f"{self.url}/runs/{body['run']}")
+            yield item
 
     def upload(self, path: Path) -> Artifact:
         """Store a file on the server."""

@@ -165,12 +165,16 @@ def commit_endpoint(services: Services, transaction: Transaction, run: Run, spec
     alias = transaction.get(Alias, f"{model}/{spec.register.alias}")
     if alias is not None:
         endpoint = transaction.get(Endpoint, model)
+        if endpoint is not None and endpoint.is_managed:  # deployed: what it serves follows its alias
+            transaction.put(msgspec.structs.replace(endpoint, facts=step.facts), expect_version=endpoint.version)
+            return step
         wanted = Endpoint(
             id=model, project=run.project, created_at=endpoint.created_at if endpoint else services.clock.now(),
             version=endpoint.version if endpoint else 0, name=model, model=model, alias=spec.register.alias,
             number=alias.number, variant=step.facts.get("variant", "fp32"),
             state=endpoint.state if endpoint else "desired", url=endpoint.url if endpoint else None,
             pid=endpoint.pid if endpoint else None, facts=step.facts,
+            text=endpoint.text if endpoint else f"not served yet: `millrace serve {model}`",
         )  # fmt: skip
         transaction.put(wanted)
     return step

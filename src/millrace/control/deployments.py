@@ -150,6 +150,7 @@ class Reconciler:
         self._states: queue.Queue[tuple[str, ModelState]] = queue.Queue()
         self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
         self._refused: dict[str, tuple[Wish, float]] = {}  # what cannot be served, and when to try it again
+        self._mended: set[str] = set()  # these want again what is served
 
     def __call__(self, lease: Lease) -> None:
         """One round."""
@@ -164,6 +165,8 @@ class Reconciler:
             if model is not None:
                 wanted.setdefault(endpoint.name if endpoint.is_isolated else SHARED, {})[endpoint.name] = model
         fresh = {endpoint.name for endpoint in endpoints if endpoint.state in (WANTED, STOPPED)} - self._refused.keys()
+        fresh |= self._mended
+        self._mended = set()
         for key in {*self._hosts, *wanted}:
             self._keep(self._hosts.setdefault(key, Host(key, 0)), wanted.get(key, {}), fresh)
         self._drain(self._states, self._take_state)
@@ -229,7 +232,8 @@ class Reconciler:
             del self._models[endpoint.name]
             known = None
         if known is not None and known[0] == wish:
-            self._refused.pop(endpoint.name, None)
+            if self._refused.pop(endpoint.name, None) is not None:
+                self._mended.add(endpoint.name)
             return known[2]
         refused = self._refused.get(endpoint.name)
         if refused is None or refused[0] != wish or time.monotonic() > refused[1] or endpoint.state == WANTED:
@@ -291,7 +295,8 @@ class Reconciler:
                 host.process, host.applied = None, {}
             return
         if process is None:
-            if time.monotonic() < host.due_at or host.waits_for_port():
+            is_due = time.monotonic() >= host.due_at or not fresh.isdisjoint(wanted)  # a new deployment may mend it
+            if not is_due or host.waits_for_port():
                 return
             process = self._start(host, wanted)
         if process is not None and (wanted != host.applied or fresh & {*wanted}):

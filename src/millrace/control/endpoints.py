@@ -10,18 +10,25 @@ from millrace.control.models import resolve_model
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.addresses import loopback_address
-from millrace.core.errors import SpecError
+from millrace.core.errors import ConflictError, SpecError
 from millrace.core.operations import live as ops
 from millrace.core.settings import SPEC_NAME
 from millrace.core.spec import Monitor, Serve
 from millrace.core.spec_errors import load_spec
+from millrace.core.types import Endpoint
 
 
 @handles(ops.SERVE_ENDPOINT)
-def serve_endpoint(services: Services, body: ops.ServeRequest) -> Iterator[ops.ServeEvent]:
+def serve_endpoint(services: Services, body: ops.ServeRequest) -> Iterator[ops.ServeEvent | None]:
     """Start the data plane as a child, watch its telemetry, write alerts; until Ctrl-C or SIGTERM."""
     loopback_address(body.host)  # refused before anything is started
     version = resolve_model(services, body.model)
+    deployed = services.records.get(Endpoint, version.name)
+    if deployed is not None and deployed.is_managed:
+        raise ConflictError(
+            f"the endpoint {version.name!r} is deployed: the server serves it at {deployed.url or 'its address'}",
+            hint=f"use that one, or `millrace endpoints delete {version.name}` first",
+        )
     serve, monitor = sections_of(services.home)
     return extras.load("millrace.control.supervise:supervise")(services, version, body, serve, monitor)
 

@@ -98,7 +98,7 @@ class Services:
     @property
     def is_used(self) -> bool:
         """Whether there is a home on disk."""
-        return (self.home / "records.db").is_file()
+        return bool(self.setting("records_url")) or (self.home / "records.db").is_file()
 
     def close(self) -> None:
         """Stop workers, seal events, flush records."""

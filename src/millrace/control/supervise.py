@@ -52,12 +52,14 @@ class Supervisor:
         self._crashes: list[float] = []
         self._child: ServerProcess | None = None
 
-    def run(self) -> Iterator[ServeEvent]:
+    def run(self) -> Iterator[ServeEvent | None]:
         """Events until Ctrl-C; the child drains before this returns."""
         try:
             yield self._start()
             while True:
                 yield from self._turn()
+                if self._services.drives_apart:
+                    yield None  # a server notices at the next item that its client has gone
         except KeyboardInterrupt:
             yield ServeEvent(kind="stopping", text="draining: no new requests, those in flight are answered")
         finally:
@@ -87,7 +89,7 @@ class Supervisor:
             endpoint = Endpoint(
                 id=name, created_at=created_at, version=old.version if old else 0, name=name, model=name,
                 number=self._version.number, variant=self._variant, state=state, url=url, pid=pid,
-                alias=old.alias if old else None, facts=old.facts if old else {},
+                alias=old.alias if old else None, facts=old.facts if old else {}, text="",
             )  # fmt: skip
             transaction.put(endpoint)
 
@@ -132,7 +134,7 @@ class Supervisor:
 
 def supervise(
     services: Services, version: ModelVersion, body: ServeRequest, serve: Serve, monitor: Monitor
-) -> Iterator[ServeEvent]:
+) -> Iterator[ServeEvent | None]:
     """Serve a version until Ctrl-C.
 
     Raises:

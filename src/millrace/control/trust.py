@@ -1,21 +1,23 @@
-"""Which keys the homes on shared records trust: each home's own, published by itself."""
+"""Which keys the homes on shared records trust: each home's own, published there when it first opens them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from millrace.core.clock import Clock
 from millrace.core.ports import Records
 from millrace.core.types import TrustedKey
 
 
-class RecordedKeys:
-    """Public keys kept in the records: who may write these trusts, and is trusted by, all who work on them.
+def publish_key(records: Records, clock: Clock, home: str, key_id: str, pem: bytes) -> None:
+    """Let every home on these records trust a key; does nothing when they do.
+
+    Who may write the records is trusted by all who work on them; who may write the blobs alone is not.
 
     Args:
-        records: Opens the records.
+        records: The shared records.
         clock: The time.
-        home: Said beside a key, for people.
+        home: Whose key, for people.
+        key_id: Its id.
+        pem: The public key.
 
     Example:
         >>> import tempfile
@@ -24,23 +26,17 @@ class RecordedKeys:
         >>> from millrace.store.records_sql import open_records
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     records = open_records(Path(folder) / "records.db")
-        ...     keys = RecordedKeys(lambda: records, FakeClock(), "/a")
-        ...     keys.publish("ed25519:1", b"PEM")
-        ...     found = keys.find("ed25519:1"), keys.find("ed25519:2")
+        ...     publish_key(records, FakeClock(), "/a", "ed25519:1", b"PEM")
+        ...     found = published_key(records, "ed25519:1"), published_key(records, "ed25519:2")
         ...     records.close()
         >>> found
         (b'PEM', None)
     """
+    if records.get(TrustedKey, key_id) is None:
+        records.put(TrustedKey(id=key_id, created_at=clock.now(), pem=pem.decode(), home=home))
 
-    def __init__(self, records: Callable[[], Records], clock: Clock, home: str) -> None:
-        self._records, self._clock, self._home = records, clock, home
 
-    def publish(self, key_id: str, pem: bytes) -> None:
-        """Let the other homes trust a key; does nothing when they do."""
-        if self._records().get(TrustedKey, key_id) is None:
-            self._records().put(TrustedKey(id=key_id, created_at=self._clock.now(), pem=pem.decode(), home=self._home))
-
-    def find(self, key_id: str) -> bytes | None:
-        """A published key as PEM."""
-        found = self._records().get(TrustedKey, key_id)
-        return None if found is None else found.pem.encode()
+def published_key(records: Records, key_id: str) -> bytes | None:
+    """A published key as PEM."""
+    found = records.get(TrustedKey, key_id)
+    return None if found is None else found.pem.encode()

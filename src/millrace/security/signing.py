@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -40,24 +40,12 @@ class SignatureDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 _DECODER = msgspec.json.Decoder(SignatureDocument)
 
 
-class SharedKeys(Protocol):
-    """Public keys that several homes publish for one another."""
-
-    def publish(self, key_id: str, pem: bytes) -> None:
-        """Make a key known; does nothing when it is."""
-        ...
-
-    def find(self, key_id: str) -> bytes | None:
-        """A known key as PEM."""
-        ...
-
-
 class HomeSigner:
     """Implements `core.ports.Signer` with the keys below a home. Thread- and process-safe.
 
     Args:
         home: The home folder; nothing is made before the first signature.
-        shared: Where homes that work on the same records publish their keys; None for a home of its own.
+        find_shared: The PEM of a key by its id, if a home on the same records has published it there.
 
     Example:
         >>> import tempfile
@@ -68,10 +56,9 @@ class HomeSigner:
         True
     """
 
-    def __init__(self, home: Path, shared: SharedKeys | None = None) -> None:
+    def __init__(self, home: Path, find_shared: Callable[[str], bytes | None] | None = None) -> None:
         self._folder = Path(home) / "keys"
-        self._shared = shared
-        self._is_published = False
+        self._find_shared = find_shared
 
     @property
     def key_id(self) -> str:
@@ -85,7 +72,6 @@ class HomeSigner:
     def sign(self, digest: str) -> bytes:
         """A signature document (JSON: key id, algorithm, digest, signature)."""
         key = self._private_key()
-        self._publish(key.public_key())
         signature = base64.b64encode(key.sign(_CONTEXT + digest.encode())).decode()
         document = SignatureDocument(
             algorithm=ALGORITHM, key_id=key_id(key.public_key()), digest=digest, signature=signature
@@ -125,20 +111,13 @@ class HomeSigner:
         keys = []
         if (self._folder / "signing.key").exists():
             keys.append(self._private_key().public_key())
-            self._publish(keys[0])
         for path in sorted((self._folder / "trusted").glob("*.pub")):
             keys.append(_load(path, serialization.load_pem_public_key, Ed25519PublicKey))
         return {key_id(key): key for key in keys}
 
-    def _publish(self, key: Ed25519PublicKey) -> None:
-        """Once per process; also what was signed before the records were shared is trusted elsewhere then."""
-        if self._shared is not None and not self._is_published:
-            self._shared.publish(key_id(key), _pem(key))
-            self._is_published = True
-
     def _published(self, wanted: str) -> Ed25519PublicKey | None:
         """The key of another home on the same records; its id must be that of its bytes."""
-        pem = self._shared.find(wanted) if self._shared is not None else None
+        pem = self._find_shared(wanted) if self._find_shared is not None else None
         if pem is None:
             return None
         key = _parse(pem, f"the published key {wanted}", serialization.load_pem_public_key, Ed25519PublicKey)

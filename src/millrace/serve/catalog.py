@@ -27,6 +27,8 @@ class Catalog:
         self.service: Service  # set by the server, which needs the handler first
         self._version, self._max_body_bytes = server_version, max_body_bytes
         self._models: dict[bytes, Routes] = {}
+        self._absent: dict[bytes, str] = {}
+        self.is_told = False  # what to serve; before that, nobody's model is unknown
         self._refused = 0
         self._routes: dict[bytes, tuple[bytes, Callable[[Exchange], None]]] = {
             b"/v2/health/live": (b"GET", self._live),
@@ -45,14 +47,24 @@ class Catalog:
         routes = Routes(plane, self._version, self._max_body_bytes)
         routes.service = self.service
         self._models[name] = routes
+        self._absent.pop(name, None)
         self.service.forget_heads()  # which lead to the routes of the old one
         return old.plane if old is not None else None
 
     def remove(self, name: str) -> DataPlane | None:
         """Serve a model no longer."""
+        self._absent.pop(name.encode(), None)
         old = self._models.pop(name.encode(), None)
         self.service.forget_heads()
         return old.plane if old is not None else None
+
+    def excuse(self, name: str, why: str) -> None:
+        """Say of a model that is to be served why it is not (yet), for as long as there is none."""
+        self._absent[name.encode()] = why
+
+    def excused(self) -> list[str]:
+        """The models of which that was said."""
+        return [name.decode() for name in self._absent]
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, or queue it."""
@@ -82,6 +94,11 @@ class Catalog:
         if not name:
             exchange.reply_error(404, f"there is nothing at {path[:200].decode('utf-8', 'replace')}")
             return
+        why = self._absent.get(name, "" if self.is_told else "it is just starting")
+        if why:
+            text = f"model {name[:80].decode('utf-8', 'replace')!r} is not served at this moment: {why}"
+            exchange.reply_error(503, text, b"Retry-After: 1\r\n")
+            return
         known = ", ".join(sorted(one.decode() for one in self._models)) or "none"
         exchange.reply_error(
             404, f"model {name[:80].decode('utf-8', 'replace')!r} is not served here: want one of {known}"
@@ -97,7 +114,7 @@ class Catalog:
         exchange.reply_json(200, {"live": True})
 
     def _ready(self, exchange: Exchange) -> None:
-        ready = all(plane.is_ready for plane in self._planes)
+        ready = self.is_told and all(plane.is_ready for plane in self._planes)
         exchange.reply_json(200 if ready else 503, {"ready": ready})
 
     def _metadata(self, exchange: Exchange) -> None:

@@ -48,6 +48,12 @@ class Host:
 
     async def _apply(self, models: list[HostedModel]) -> None:
         wanted = {model.endpoint: model for model in models}
+        for name in self._catalog.excused():
+            if name not in wanted:
+                self._catalog.remove(name)
+        for name in wanted.keys() - self._loaded.keys():
+            self._catalog.excuse(name, "it is being loaded")
+        self._catalog.is_told = True
         for name in [name for name in self._loaded if name not in wanted]:
             self._retire(self._catalog.remove(name))
             del self._loaded[name], self._serving.planes[name], self._serving.pumps[name]
@@ -55,6 +61,8 @@ class Host:
             error = None
             if self._loaded.get(model.endpoint) != model:
                 error = await self._load(model)
+                if error is not None and model.endpoint not in self._loaded:
+                    self._catalog.excuse(model.endpoint, error["message"])
             state = ModelState(endpoint=model.endpoint, version=model.version, error=error)
             say(msgspec.to_builtins(state, enc_hook=str))
 
