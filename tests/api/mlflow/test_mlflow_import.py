@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 
 from millrace.cli.main import cli
 from millrace.cli.session import Session
+from millrace.client.http import HttpTransport
 from millrace.control.mlflow_import import verbs
 from millrace.core.errors import InputError, NotFoundError, UnavailableError
 from millrace.core.operations.imports import ImportRequest
-from millrace.core.types import Project, Run
+from millrace.core.types import ArtifactFile, Project, Run
 from millrace.formats.mlflow.source import is_plain_path
 from millrace.testing.postgres import new_records_url
+from millrace.testing.server import RunningServer
 from millrace.wiring import open_dispatcher
 
 STORY = Path(__file__).with_name("stories") / "make_store.py"
@@ -417,6 +419,12 @@ def test_what_is_here_under_the_same_name_is_left_alone(api: Any, store: Path) -
 def test_sources_that_are_none(api: Any, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="there is no folder"):
         bring(api, tmp_path / "absent")
+    for odd in ("a" * 5000, "nul\0", "."):
+        with pytest.raises((NotFoundError, InputError)):
+            bring(api, odd)
+    for odd in ("http://", "http://a:b", "http://\0"):
+        with pytest.raises(InputError, match="want the URL"):
+            bring(api, odd)
     with pytest.raises(InputError, match="no file store"):
         bring(api, tmp_path)
     with pytest.raises(InputError, match="want the URL"):
@@ -492,6 +500,20 @@ def test_a_server_is_read_by_its_api(api: Any, store: Path, other_home: Path) ->
         assert (counts["runs here already"], counts["versions here already"]) == (3, 4)
     finally:
         other.close()
+
+
+def test_a_running_server_does_it_when_it_is_asked(store: Path, tmp_path: Path) -> None:
+    with RunningServer(tmp_path / "home") as server:
+        transport = HttpTransport(server.url)
+        try:
+            events = list(transport.stream("system.import_mlflow", {"source": str(store)}))
+            assert (events[-1].kind, events[-1].counts["runs"]) == ("done", 3)
+            with pytest.raises(NotFoundError, match="there is no folder"):
+                list(transport.stream("system.import_mlflow", {"source": str(tmp_path / "absent")}))
+        finally:
+            transport.close()
+        with httpx.Client(base_url=server.url) as http:
+            assert set(Reader(http).everything()["experiments"]) == {"Default", "a b/c", "gone"}
 
 
 def test_the_command_prints_counts_and_problems(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,6 +615,29 @@ def wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
             assert server.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
+
+
+def test_files_that_a_server_does_not_give_are_named(api: Any, store: Path, other_home: Path) -> None:
+    """And fetched by the next import: the run was not complete."""
+    bring(api, store)
+    digest = api.services.records.get(ArtifactFile, f"{FIRST}/model/MLmodel").artifact.digest
+    content = api.services.blobs.read(digest)
+    api.services.blobs.delete(digest)
+    other = type(api)(other_home)
+    url = str(api.http.base_url).rstrip("/")
+    try:
+        _, problems = bring(other, url)
+        assert [one for one in problems if "model/MLmodel" in one], problems
+        assert set(Reader(other.http).everything()["experiments"]["a b/c"]["runs"][FIRST]["files"]) == {
+            "model/model.pkl", "empty.txt"
+        }  # fmt: skip
+        api.services.blobs.put(content)
+        counts, _ = bring(other, url)
+        assert (counts["runs completed"], counts["files"]) == (1, 1)
+        assert Reader(other.http).everything() == Reader(api.http).everything()
+        assert version_files(other, "net", 1) == version_files(api, "net", 1)
+    finally:
+        other.close()
 
 
 @pytest.mark.slow

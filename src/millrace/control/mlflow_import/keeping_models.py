@@ -77,7 +77,7 @@ def _put_version(keeper: Keeper, transaction: Transaction, version: ModelVersion
     existing = transaction.get(ModelVersion, version.id)
     if existing is not None:  # under whatever name it has by now
         keeper.counts["versions here already"] += 1
-        if existing.bundle.digest != version.bundle.digest and not keeper.services.blobs.tree(existing.bundle.digest):
+        if existing.bundle.digest != version.bundle.digest and _lacks_files(keeper, existing, version):
             facts = {**existing.facts, "download_uri": version.facts["download_uri"]}
             completed = msgspec.structs.replace(existing, bundle=version.bundle, facts=facts)
             transaction.put(completed, expect_version=existing.version)
@@ -87,6 +87,12 @@ def _put_version(keeper: Keeper, transaction: Transaction, version: ModelVersion
     else:
         transaction.put(version, expect_version=0)
         keeper.counts["versions"] += 1
+
+
+def _lacks_files(keeper: Keeper, existing: ModelVersion, found: ModelVersion) -> bool:
+    """Whether a version came before all of its files did."""
+    tree = keeper.services.blobs.tree
+    return {one.path for one in tree(existing.bundle.digest)} < {one.path for one in tree(found.bundle.digest)}
 
 
 def _put_alias(keeper: Keeper, transaction: Transaction, model: str, alias: str, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, artifacts: Path | None = None) -> None:
         for one in (folder, artifacts):
-            if one is not None and not one.is_dir():
+            if one is not None and not os.path.isdir(one):  # never raises, whatever the name
                 raise NotFoundError(f"there is no folder {one}", hint="name the folder `mlruns` of a file store")
         self.problems = Problems()
         self._files = PlainFiles(self.problems)

@@ -64,10 +64,13 @@ class RestSource:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = urlsplit(url)
-        if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            raise InputError(f"want the URL of an MLflow server, http://…, got {url!r}")
-        if parsed.username is not None or parsed.password is not None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"want the URL of an MLflow server, got {url[:300]!r}: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"want the URL of an MLflow server, http://…, got {url[:300]!r}")
+        if parsed.userinfo:
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             raise InputError("a URL with a password would be kept in the journal", hint=hint)
         self.problems = Problems()
@@ -77,7 +80,7 @@ class RestSource:
             base_url=self.url, timeout=TIMEOUT_S, transport=httpx.HTTPTransport(retries=3),
             auth=(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user and not token else None,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=parsed.hostname not in _LOOPBACK,
+            trust_env=parsed.host not in _LOOPBACK,
         )  # fmt: skip
 
     def close(self) -> None:
