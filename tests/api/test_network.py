@@ -6,6 +6,8 @@ import hashlib
 import os
 import selectors
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -296,3 +298,71 @@ def test_the_line_to_postgres_fails_under_a_writer(tmp_path: Path, fault: str) -
             links = records.links(limit=100_000)
             assert verify(links, head=records.head()).broken is None
             records.close()
+
+
+# --------------------------------------------------------------------------- a network that is really down
+
+DOWN = """
+import subprocess, sys, threading, time
+from pathlib import Path
+from millrace.client.http import HttpTransport
+from millrace.core.errors import MillraceError
+from millrace.core.types import Run
+from millrace.testing.postgres import PostgresServer, open_place
+from millrace.testing.server import RunningServer
+
+def switch(state):
+    subprocess.run(["ip", "link", "set", "lo", state], check=True)
+
+switch("up")
+acknowledged, ending = [], threading.Event()
+with PostgresServer(durable=False) as database:
+    url = database.create_database()
+    with RunningServer(Path(sys.argv[1]), environment={"MILLRACE_RECORDS_URL": url}) as server:
+        transport = HttpTransport(server.url)
+
+        def write():
+            while not ending.is_set():
+                try:
+                    acknowledged.append(transport.call("run.track", {"name": "written"}).id)
+                except MillraceError:
+                    time.sleep(0.02)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(2):
+            before = len(acknowledged)
+            while len(acknowledged) < before + 10:
+                time.sleep(0.02)
+            switch("down")
+            time.sleep(1.5)
+            silent = len(acknowledged)
+            time.sleep(0.5)
+            assert len(acknowledged) == silent, "nothing passes"
+            switch("up")
+        before = len(acknowledged)
+        while len(acknowledged) < before + 10:
+            time.sleep(0.02)
+        ending.set()
+        writer.join()
+        transport.close()
+    records = open_place(url)
+    assert set(acknowledged) <= {run.id for run in records.find(Run)}
+    assert len(records.events(0, limit=100_000)) >= len(acknowledged)
+    records.close()
+print("whole", len(acknowledged))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+@pytest.mark.skipif(PostgresServer.find() is None, reason="no PostgreSQL server is installed")
+def test_a_network_namespace_whose_link_goes_down_and_comes_back(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-n", "ip", "link"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no network namespaces here")
+    done = subprocess.run(
+        ["unshare", "-n", sys.executable, "-c", DOWN, str(tmp_path / "home")], capture_output=True, text=True,
+        timeout=90, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("whole")

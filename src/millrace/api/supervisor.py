@@ -29,7 +29,7 @@ from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
 from millrace.control.loop import Loop
 from millrace.core import server_file
-from millrace.core.errors import ConflictError, DeniedError, MillraceError, UnavailableError
+from millrace.core.errors import ConflictError, DeniedError, DiskFullError, MillraceError, UnavailableError
 from millrace.core.server_file import ServerFile
 from millrace.core.types import Struct
 from millrace.store.leases import host_id, process_start
@@ -189,6 +189,7 @@ class Supervisor:
             dispatcher.close()
 
     def _run_api(self, listener: socket.socket) -> None:
+        _reserve_metrics(self._metrics)
         dispatcher = self._open()
         served: list[uvicorn.Server] = []
         app = build_app(dispatcher, is_stopping=lambda: bool(served) and served[0].should_exit)
@@ -201,6 +202,22 @@ class Supervisor:
             served[0].run(sockets=[listener])
         finally:
             dispatcher.close()
+
+
+def _reserve_metrics(folder: Path) -> None:
+    """Take the space of this process's metrics now: a write into mapped memory that finds none kills the process.
+
+    Raises:
+        DiskFullError: There is none.
+    """
+    meters.REQUESTS.labels("healthz", "200")
+    meters.DURATION.labels("healthz")
+    for path in folder.glob(f"*_{os.getpid()}.db"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise DiskFullError(f"{folder}: no space for the server's metrics: {error.strerror}") from error
 
 
 def lock_home(home: Path) -> IO[bytes]:

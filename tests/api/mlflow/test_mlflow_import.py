@@ -1,253 +1,49 @@
-"""`millrace import mlflow`: what a store has is here afterwards, as MLflow's own API says; the rest is named."""
+"""`millrace import mlflow` of folders: what a store has is here afterwards; the rest is named."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import yaml
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.cli.main import cli
 from millrace.cli.session import Session
-from millrace.client.http import HttpTransport
 from millrace.control.mlflow_import import verbs
 from millrace.core.errors import InputError, NotFoundError, UnavailableError
 from millrace.core.operations.imports import ImportRequest
-from millrace.core.types import ArtifactFile, Project, Run
+from millrace.core.types import Project, Run
 from millrace.formats.mlflow.source import is_plain_path
-from millrace.testing.postgres import new_records_url
-from millrace.testing.server import RunningServer
 from millrace.wiring import open_dispatcher
 
-STORY = Path(__file__).with_name("stories") / "make_store.py"
-API = "/api/2.0/mlflow"
-FIRST, SECOND, THIRD = "a" * 32, "b" * 32, "c" * 32
-MODEL = "m-" + "d" * 32
-START_MS = 1_700_000_000_123
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-# --------------------------------------------------------------------------- a store by hand
-
-
-def write(path: Path, content: Any) -> None:
-    """A text or binary file, or YAML of anything else, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
-
-
-def write_run(folder: Path, **changes: Any) -> Path:
-    """A run as the file store has it."""
-    meta = {
-        "artifact_uri": f"file://{folder}/artifacts", "end_time": START_MS + 1500, "entry_point_name": "",
-        "experiment_id": folder.parent.name, "lifecycle_stage": "active", "run_id": folder.name, "run_name": "one",
-        "source_name": "", "source_type": 4, "start_time": START_MS, "status": 3, "tags": [], "user_id": "ann",
-    }  # fmt: skip
-    write(folder / "meta.yaml", {**meta, **changes})
-    for name in ("metrics", "params", "tags", "artifacts"):
-        (folder / name).mkdir(exist_ok=True)
-    return folder
-
-
-def write_store(root: Path) -> Path:
-    """Two experiments, one in the trash; three runs; a logged model; a registry."""
-    stage = {"creation_time": START_MS, "last_update_time": START_MS + 1, "lifecycle_stage": "active"}
-    write(root / "0/meta.yaml", {**stage, "experiment_id": "0", "name": "Default"})
-    write(root / "77/meta.yaml", {**stage, "experiment_id": "77", "name": "a b/c"})
-    write(root / "77/tags/team", "eyes")
-    write(root / ".trash/88/meta.yaml", {**stage, "experiment_id": "88", "name": "gone", "lifecycle_stage": "deleted"})
-    first = write_run(root / "77" / FIRST)
-    write(first / "params/lr", "0.1")
-    write(first / "params/note", "two\nlines\n")
-    write(first / "tags/mlflow.runName", "one")
-    write(first / "tags/kind", "demo")
-    write(first / "metrics/train/loss", "".join(f"{START_MS + i} {1 / (i + 1)} {i}\n" for i in range(20)))
-    write(first / "metrics/odd", f"{START_MS} nan 0\n{START_MS + 1} -inf 1\n{START_MS + 2} 3.5\n")
-    write(first / "metrics/on", f"{START_MS} 0.5 4 iris d1\n")
-    write(first / "artifacts/model/MLmodel", "flavors: {}\n")
-    write(first / "artifacts/model/model.pkl", b"\x80\x04never loaded")
-    write(first / "artifacts/empty.txt", "")
-    source = '{"url": "http://example.org/a"}'
-    write(root / "77/datasets/e1/meta.yaml", {"digest": "d1", "name": "iris", "source": source, "source_type": "http"})
-    write(
-        first / "inputs/i1/meta.yaml",
-        {"source_type": "DATASET", "source_id": "e1", "tags": {"mlflow.data.context": "x"}},
-    )
-    write(first / f"outputs/{MODEL}/meta.yaml", {"source_id": MODEL, "step": 7})
-    write_run(root / "0" / SECOND, status=5, lifecycle_stage="deleted", run_name="killed")
-    write_run(root / "88" / THIRD).rename(root / ".trash/88" / THIRD)
-    shutil.rmtree(root / "88")
-    made = {"creation_timestamp": START_MS, "last_updated_timestamp": START_MS + 2}
-    write(
-        root / f"77/models/{MODEL}/meta.yaml",
-        {**made, "model_id": MODEL, "name": "net", "source_run_id": FIRST, "status": 2},
-    )
-    write(root / f"77/models/{MODEL}/metrics/acc", f"{START_MS} 0.9 1 {FIRST}\n{START_MS} 0.8 1 {FIRST} iris d1\n")
-    write(root / f"77/models/{MODEL}/params/depth", "3")
-    write(root / f"77/models/{MODEL}/artifacts/MLmodel", "flavors: {net: {}}\n")
-    write(root / "models/net/meta.yaml", {**made, "name": "net", "description": "a net", "aliases": {"champion": "3"}})
-    write(root / "models/net/tags/a", "b")
-    base = {**made, "name": "net", "status": "READY", "current_stage": "None", "run_id": FIRST}
-    for number, source, changes in (
-        (1, f"file:///old/place/77/{FIRST}/artifacts/model", {"current_stage": "Production", "description": "v1"}),
-        (3, f"models:/{MODEL}", {"model_id": MODEL}),
-        (4, "s3://elsewhere/model", {}),
-        (5, "models:/net/1", {"current_stage": "Deleted_Internal"}),
-    ):
-        write(root / f"models/net/version-{number}/meta.yaml", {**base, "version": number, "source": source, **changes})
-    write(root / "models/copy/meta.yaml", {**made, "name": "copy"})
-    write(root / "models/copy/version-1/meta.yaml", {**base, "name": "copy", "version": 1, "source": "models:/net/1"})
-    return root
+from import_stores import (
+    FIRST,
+    MODEL,
+    SECOND,
+    START_MS,
+    THIRD,
+    Reader,
+    bring,
+    version_files,
+    write,
+    write_run,
+    write_store,
+)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return write_store(tmp_path / "mlruns")
-
-
-def bring(api: Any, source: object, **fields: Any) -> tuple[dict[str, int], list[str]]:
-    """Import; the counts and the problems."""
-    events = list(api.dispatcher.stream("system.import_mlflow", {"source": str(source), **fields}))
-    assert events[-1].kind == "done"
-    return events[-1].counts, [event.text for event in events if event.kind == "problem"]
-
-
-# --------------------------------------------------------------------------- what MLflow's API says
-
-
-class Reader:
-    """What a server of MLflow's API has, in a form that is equal for equal stores."""
-
-    def __init__(self, http: httpx.Client) -> None:
-        self.http = http
-
-    def ask(self, method: str, path: str, /, **fields: Any) -> Any:
-        named = {"params": fields} if method == "GET" else {"json": fields}
-        answer = self.http.request(method, API + path, **named)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def everything(self) -> dict[str, Any]:
-        found = self.ask("POST", "/experiments/search", view_type="ALL", max_results=1000)["experiments"]
-        models = self.ask("GET", "/registered-models/search", max_results=1000).get("registered_models", [])
-        return {
-            "experiments": {one["name"]: self.experiment(one) for one in found},
-            "models": {one["name"]: self.model(one) for one in models},
-        }
-
-    def experiment(self, one: dict[str, Any]) -> Any:
-        ids = [one["experiment_id"]]
-        runs = self.ask("POST", "/runs/search", experiment_ids=ids, run_view_type="ALL", max_results=1000).get(
-            "runs", []
-        )
-        models = self.ask("POST", "/logged-models/search", experiment_ids=ids).get("models", [])
-        return {
-            "stage": one["lifecycle_stage"], "tags": pairs(one), "created": one["creation_time"],
-            "runs": {run["info"]["run_id"]: self.run(run) for run in runs},
-            "models": {model["info"]["model_id"]: self.logged_model(model) for model in models},
-        }  # fmt: skip
-
-    def run(self, run: dict[str, Any]) -> Any:
-        info, data = run["info"], run["data"]
-        kept = ("run_name", "user_id", "status", "start_time", "end_time", "lifecycle_stage")
-        names = {metric["key"] for metric in data.get("metrics", ())}
-        outputs = [
-            (one["model_id"], int(one.get("step", 0))) for one in run.get("outputs", {}).get("model_outputs", ())
-        ]
-        inputs = run.get("inputs", {})
-        datasets = [(one["dataset"], pairs(one)) for one in inputs.get("dataset_inputs", ())]
-        return {
-            "info": {name: info[name] for name in kept if name in info},
-            "params": pairs(data, "params"),
-            "tags": {"mlflow.runName": info.get("run_name"), **pairs(data)},
-            "metrics": {name: self.history(info["run_id"], name) for name in names},
-            "latest": {one["key"]: number(one) for one in data.get("metrics", ())},
-            "outputs": sorted(outputs),
-            "inputs": (datasets, [one["model_id"] for one in inputs.get("model_inputs", ())]),
-            "files": self.files("/artifacts/list", {"run_id": info["run_id"]}, "path", lambda path: self.http.get(
-                "/get-artifact", params={"run_id": info["run_id"], "path": path})),
-        }  # fmt: skip
-
-    def history(self, run_id: str, name: str) -> Any:
-        found = self.ask("GET", "/metrics/get-history", run_id=run_id, metric_key=name, max_results=25_000)
-        return sorted({(one["timestamp"], number(one), one.get("step", 0)) for one in found["metrics"]}, key=str)
-
-    def files(self, path: str, query: dict[str, Any], field: str, get: Callable[[str], httpx.Response]) -> Any:
-        """The bytes of files by path."""
-        found: dict[str, bytes] = {}
-        waiting = [""]
-        while waiting:
-            folder = waiting.pop()
-            listed = self.ask("GET", path, **query, **({field: folder} if folder else {}))
-            for one in listed.get("files", ()):
-                if one.get("is_dir"):
-                    waiting.append(one["path"])
-                else:
-                    answer = get(one["path"])
-                    assert answer.status_code == 200, answer.text
-                    found[one["path"]] = answer.content
-        return found
-
-    def logged_model(self, model: dict[str, Any]) -> Any:
-        info, data = model["info"], model.get("data", {})
-        kept = ("name", "creation_timestamp_ms", "status", "source_run_id")
-        metrics = [(one["key"], number(one), one["timestamp"], one.get("step", 0), one.get("run_id"), one.get("dataset_name"))
-                   for one in data.get("metrics", ())]  # fmt: skip
-        listed = self.ask("GET", f"/logged-models/{info['model_id']}/artifacts/directories").get("files", ())
-        return {
-            "info": {name: info.get(name) for name in kept}, "params": pairs(data, "params"), "tags": pairs(info),
-            "metrics": sorted(set(metrics), key=str), "files": sorted((one["path"], one["file_size"]) for one in listed),
-        }  # fmt: skip
-
-    def model(self, model: dict[str, Any]) -> Any:
-        query = {"filter": f"name = '{model['name']}'", "max_results": 1000}
-        versions = self.ask("GET", "/model-versions/search", **query).get("model_versions", [])
-        kept = ("description", "current_stage", "status", "run_id", "creation_timestamp")
-        return {
-            "tags": pairs(model), "description": model.get("description", ""), "created": model["creation_timestamp"],
-            "aliases": sorted((one["alias"], one["version"]) for one in model.get("aliases", ())),
-            "versions": {
-                one["version"]: ({name: one.get(name) or "" for name in kept}, pairs(one)) for one in versions
-            },
-        }  # fmt: skip
-
-
-def pairs(one: dict[str, Any], field: str = "tags") -> dict[str, str]:
-    return {pair["key"]: pair.get("value", "") for pair in one.get(field, ())}
-
-
-def number(one: dict[str, Any]) -> str:
-    return repr(float(one["value"]))
-
-
-def version_files(api: Any, name: str, version: int) -> dict[str, bytes]:
-    """The files of a version, as a client gets them."""
-    uri = api.get("/model-versions/get-download-uri", name=name, version=str(version))["artifact_uri"]
-    assert uri.startswith("mlflow-artifacts:/")
-    root = uri.removeprefix("mlflow-artifacts:/")
-    found: dict[str, bytes] = {}
-    listed = api.http.get("/api/2.0/mlflow-artifacts/artifacts", params={"path": root}).json()
-    for one in listed["files"]:
-        answer = api.http.get(f"/api/2.0/mlflow-artifacts/artifacts/{root}/{one['path']}")
-        found[one["path"]] = answer.content
-    return found
 
 
 # --------------------------------------------------------------------------- folders
@@ -337,11 +133,24 @@ def test_what_is_broken_is_named_and_the_rest_comes(api: Any, store: Path) -> No
     write_run(store / "77" / "not-hexadecimal")
     write_run(store / "77" / ("4" * 32), run_id=FIRST)
     write(store / "99/meta.yaml", "just text")
+    write_run(store / "77" / ("9" * 32), run_name="a\0b")
+    write(store / "77" / ("0" * 32) / "meta.yaml", 'run_name: "\\ud800"')
     write(store / "77" / FIRST / "metrics/bad", f"{START_MS} 1 0\nnonsense\n{START_MS} x 0\n{START_MS} 1 {2**70}\n")
     write(store / "77" / FIRST / "params/binary", b"\xff\xfe")
     write(store / "models/net/version-7/meta.yaml", {"name": "net"})
     counts, problems = bring(api, store)
-    for part in ("1" * 32, "2" * 32, "3" * 32, "not-hexadecimal", "4" * 32, "experiment 99", "'binary'", "version-7"):
+    for part in (
+        "1" * 32,
+        "2" * 32,
+        "3" * 32,
+        "not-hexadecimal",
+        "4" * 32,
+        "9" * 32,
+        "0" * 32,
+        "experiment 99",
+        "'binary'",
+        "version-7",
+    ):
         assert [one for one in problems if part in one], (part, problems)
     assert [one.partition(":")[0].rpartition(" ")[2] for one in problems if "metric 'bad'" in one] == ["2", "3", "4"]
     assert counts["problems"] == len(problems)
@@ -439,83 +248,6 @@ def test_sources_that_are_none(api: Any, tmp_path: Path) -> None:
         bring(api, f"{str(api.http.base_url).rstrip('/')}/elsewhere")
 
 
-@pytest.fixture
-def other_home(api: Any, tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A second empty home on the same kind of store."""
-    shutil.copytree(empty_home, tmp_path / "other")
-    if "MILLRACE_RECORDS_URL" in os.environ:
-        monkeypatch.setenv("MILLRACE_RECORDS_URL", new_records_url())
-    return tmp_path / "other"
-
-
-def test_a_kill_in_the_middle_is_made_up_for(api: Any, store: Path, other_home: Path) -> None:
-    for index in range(60):
-        run = write_run(store / "77" / f"{index:032x}", run_name=f"run {index}")
-        write(run / "metrics/loss", "".join(f"{START_MS + i} {i} {i}\n" for i in range(200)))
-        write(run / "artifacts/a.txt", f"file {index}")
-    command = [
-        sys.executable,
-        "-m",
-        "millrace",
-        "--home",
-        str(other_home),
-        "--embedded",
-        "import",
-        "mlflow",
-        str(store),
-    ]
-    watcher = open_dispatcher(str(other_home))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while len(watcher.services.records.find(Run)) < 5 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 5 <= len(watcher.services.records.find(Run)) <= 63
-    watcher.close()
-    again = type(api)(other_home)
-    try:
-        counts, _ = bring(again, store)
-        assert counts.get("runs", 0) + counts.get("runs here already", 0) == 63
-        bring(api, store)
-        assert Reader(again.http).everything() == Reader(api.http).everything()
-    finally:
-        again.close()
-
-
-# --------------------------------------------------------------------------- servers
-
-
-def test_a_server_is_read_by_its_api(api: Any, store: Path, other_home: Path) -> None:
-    """From one home to another, over the wire."""
-    bring(api, store)
-    other = type(api)(other_home)
-    try:
-        counts, problems = bring(other, str(api.http.base_url).rstrip("/"))
-        assert len(problems) == 1, problems
-        assert (counts["runs"], counts["files"], counts["points"]) == (3, 4, 24)
-        assert Reader(other.http).everything() == Reader(api.http).everything()
-        assert version_files(other, "net", 3) == version_files(api, "net", 3)
-        assert version_files(other, "copy", 1) == version_files(api, "net", 1)
-        counts, _ = bring(other, str(api.http.base_url).rstrip("/"))
-        assert (counts["runs here already"], counts["versions here already"]) == (3, 4)
-    finally:
-        other.close()
-
-
-def test_a_running_server_does_it_when_it_is_asked(store: Path, tmp_path: Path) -> None:
-    with RunningServer(tmp_path / "home") as server:
-        transport = HttpTransport(server.url)
-        try:
-            events = list(transport.stream("system.import_mlflow", {"source": str(store)}))
-            assert (events[-1].kind, events[-1].counts["runs"]) == ("done", 3)
-            with pytest.raises(NotFoundError, match="there is no folder"):
-                list(transport.stream("system.import_mlflow", {"source": str(tmp_path / "absent")}))
-        finally:
-            transport.close()
-        with httpx.Client(base_url=server.url) as http:
-            assert set(Reader(http).everything()["experiments"]) == {"Default", "a b/c", "gone"}
-
-
 def test_the_command_prints_counts_and_problems(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*words: str) -> Any:
         session = Session(lambda home, embedded: open_dispatcher(str(tmp_path / "home")))
@@ -563,101 +295,3 @@ def test_a_plain_path_stays_below_its_folder(text: str) -> None:
         below = os.path.normpath(os.path.join("/root", text))
         assert below.startswith("/root/")
         assert below == f"/root/{text}"
-
-
-# --------------------------------------------------------------------------- the real MLflow
-
-
-@pytest.fixture(scope="module", params=["file store", "database"])
-def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A store that an unmodified MLflow filled: what to import, and the URL of an MLflow server that shows it."""
-    python = os.environ.get("MILLRACE_MLFLOW_PYTHON")
-    if not python:
-        pytest.skip("set MILLRACE_MLFLOW_PYTHON to an interpreter that has MLflow")
-    folder = tmp_path_factory.mktemp("real")
-    environment = {**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-                   "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # fmt: skip
-    is_files = request.param == "file store"
-    backend = str(folder / "mlruns") if is_files else f"sqlite:///{folder}/mlflow.db"
-    if is_files:
-        tell(python, f"file://{folder}/mlruns", folder, environment)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", backend, "--artifacts-destination", str(folder / "mlartifacts")]  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
-    try:
-        wait_until_up(url, server, folder / "log")
-        if not is_files:
-            tell(python, url, folder, environment)
-        yield (backend if is_files else url), url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def tell(python: str, uri: str, folder: Path, environment: dict[str, str]) -> None:
-    """Fill a store."""
-    command = [python, str(STORY), uri]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
-
-
-def test_files_that_a_server_does_not_give_are_named(api: Any, store: Path, other_home: Path) -> None:
-    """And fetched by the next import: the run was not complete."""
-    bring(api, store)
-    digest = api.services.records.get(ArtifactFile, f"{FIRST}/model/MLmodel").artifact.digest
-    content = api.services.blobs.read(digest)
-    api.services.blobs.delete(digest)
-    other = type(api)(other_home)
-    url = str(api.http.base_url).rstrip("/")
-    try:
-        _, problems = bring(other, url)
-        assert [one for one in problems if "model/MLmodel" in one], problems
-        assert set(Reader(other.http).everything()["experiments"]["a b/c"]["runs"][FIRST]["files"]) == {
-            "model/model.pkl", "empty.txt"
-        }  # fmt: skip
-        api.services.blobs.put(content)
-        counts, _ = bring(other, url)
-        assert (counts["runs completed"], counts["files"]) == (1, 1)
-        assert Reader(other.http).everything() == Reader(api.http).everything()
-        assert version_files(other, "net", 1) == version_files(api, "net", 1)
-    finally:
-        other.close()
-
-
-@pytest.mark.slow
-def test_a_real_store_is_the_same_here(api: Any, real: tuple[str, str]) -> None:
-    source, url = real
-    counts, problems = bring(api, source)
-    assert problems == []
-    assert (counts["runs"], counts["logged models"], counts["versions"]) == (5, 1, 4)
-    with httpx.Client(base_url=url, timeout=60) as http:
-        theirs = Reader(http).everything()
-    ours = Reader(api.http).everything()
-    assert ours["models"] == theirs["models"]
-    assert set(ours["experiments"]) == set(theirs["experiments"])
-    for name, experiment in theirs["experiments"].items():
-        assert ours["experiments"][name] == experiment
-    assert "python_model.pkl" in version_files(api, "echo", 1)
-    echo = api.get("/model-versions/get", name="echo", version="1")["model_version"]
-    assert echo["source"] == f"models:/{echo['model_id']}"  # MLflow's own answer may leave the id out
-    assert version_files(api, "copied", 1) == version_files(api, "echo", 1)
-    assert version_files(api, "plain", 3) == {"a b.txt": b"hello"}
-    again, _ = bring(api, source)
-    assert again["runs here already"] == 4
-    assert again["runs completed"] == 1  # the one that still runs

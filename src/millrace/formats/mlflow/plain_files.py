@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import yaml
 
 from millrace.formats.mlflow.source import Problems, is_plain_path, storable
@@ -53,7 +54,9 @@ class PlainFiles:
             return None
         try:
             loaded = yaml.load(self.text(folder / META), _LOADER)  # a safe loader: plain data only
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            if b"\\u0000" in msgspec.json.encode(loaded):  # which refuses half characters
+                raise ValueError("it has NUL characters, which cannot be stored")
+        except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             self.problems.add(what, f"its {META} cannot be read: {reason_of(error)}")
             return None
         if not isinstance(loaded, Mapping):

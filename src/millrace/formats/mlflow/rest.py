@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit
@@ -40,6 +41,8 @@ RUNS_AT_ONCE = 100
 POINTS_AT_ONCE = 10_000
 FOLDERS_DEEP = 64
 PROMPTS = "tag.`mlflow.prompt.is_prompt` = 'true'"
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")  # in JSON, behind whole pairs of backslashes
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -114,16 +117,15 @@ class RestSource:
         """Runs of an experiment, deleted ones too."""
         body = {"experiment_ids": [experiment.id], "run_view_type": "ALL", "max_results": RUNS_AT_ONCE}
         for one in self._noted(f"runs of {experiment.name!r}", self._pages("/runs/search", "runs", body)):
-            info, data = one["info"], one.get("data") or {}
-            id = str(info.get("run_id") or info["run_uuid"])
             try:
-                yield self._run(experiment, id, info, data, _links(one))
-            except (ValueError, KeyError, TypeError) as error:
-                self.problems.add(f"run {id}", f"the server's answer cannot be read: {error!r}")
+                yield self._run(experiment, one["info"], one.get("data") or {}, _links(one))
+            except _UNREADABLE as error:
+                self._unread(f"a run of {experiment.name!r}", one, error)
 
     def _run(
-        self, experiment: Experiment, id: str, info: Mapping[str, Any], data: Mapping[str, Any], links: list[RunLink]
+        self, experiment: Experiment, info: Mapping[str, Any], data: Mapping[str, Any], links: list[RunLink]
     ) -> SourceRun:
+        id = str(info.get("run_id") or info["run_uuid"])
         tags = storable(_pairs(data.get("tags")), f"run {id}: tag", self.problems)
         started = seconds(info.get("start_time"))
         return SourceRun(
@@ -158,7 +160,10 @@ class RestSource:
         body = {"experiment_ids": [experiment.id], "max_results": 50}
         try:
             for one in self._pages("/logged-models/search", "models", body):
-                yield self._model(experiment, one["info"], one.get("data") or {})
+                try:
+                    yield self._model(experiment, one["info"], one.get("data") or {})
+                except _UNREADABLE as error:
+                    self._unread(f"a logged model of {experiment.name!r}", one, error)
         except RefusedError as error:
             if error.status not in (404, 405):
                 self.problems.add(f"logged models of {experiment.name!r}", error)
@@ -231,17 +236,22 @@ class RestSource:
             body = {"max_results": 100, **({"filter": filter_text} if filter_text else {})}
             pages = self._pages("/registered-models/search", "registered_models", body, method="GET")
             for one in self._noted("registered models", pages):
-                name = str(one["name"])
-                if name in seen:
+                if one.get("name") in seen:
                     continue
-                seen.add(name)
-                aliases = {str(alias["alias"]): int(alias["version"]) for alias in one.get("aliases") or ()}
-                yield Model(
-                    id=name, name=name, description=str(one.get("description") or ""),
-                    created_at=seconds(one.get("creation_timestamp")),
-                    updated_at=seconds(one.get("last_updated_timestamp")),
-                    tags=storable(_pairs(one.get("tags")), f"model {name!r}: tag", self.problems),
-                ), aliases  # fmt: skip
+                try:
+                    yield self._registered(one)
+                    seen.add(str(one["name"]))
+                except _UNREADABLE as error:
+                    self._unread("a registered model", one, error)
+
+    def _registered(self, one: Mapping[str, Any]) -> tuple[Model, dict[str, int]]:
+        name = str(one["name"])
+        model = Model(
+            id=name, name=name, description=str(one.get("description") or ""),
+            created_at=seconds(one.get("creation_timestamp")), updated_at=seconds(one.get("last_updated_timestamp")),
+            tags=storable(_pairs(one.get("tags")), f"model {name!r}: tag", self.problems),
+        )  # fmt: skip
+        return model, {str(alias["alias"]): int(alias["version"]) for alias in one.get("aliases") or ()}
 
     def versions(self, name: str) -> list[SourceVersion]:
         """The versions of a model."""
@@ -255,8 +265,10 @@ class RestSource:
             query = {"filter": filter_text, "max_results": 1000}
             pages = self._pages("/model-versions/search", "model_versions", query, method="GET")
             for one in self._noted(f"versions of model {name!r}", pages):
-                if str(one["version"]) not in found:
-                    found[str(one["version"])] = self._version(name, one)
+                try:
+                    found.setdefault(str(one["version"]), self._version(name, one))
+                except _UNREADABLE as error:
+                    self._unread(f"a version of model {name!r}", one, error)
         return list(found.values())
 
     def _version(self, name: str, one: Mapping[str, Any]) -> SourceVersion:
@@ -273,6 +285,10 @@ class RestSource:
         return SourceVersion(version=version, model_id=str(one.get("model_id") or ""))
 
     # ----------------------------------------------------------------------- the wire
+
+    def _unread(self, what: str, one: object, error: Exception) -> None:
+        """Note a part of an answer that is not as MLflow's are."""
+        self.problems.add(what, f"the server's answer cannot be read, {error!r}: {str(one)[:200]}")
 
     def _noted(self, what: str, pages: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The pages up to the first that is refused."""
@@ -312,7 +328,10 @@ class RestSource:
             text = answer.text.strip()[:300] or answer.reason_phrase
             raise RefusedError(answer.status_code, f"{path} was answered with {answer.status_code}: {text}")
         try:
-            return msgspec.json.decode(answer.content, type=dict[str, Any])
+            content, nulls = _NUL.subn(rb"\1\\ufffd", answer.content)
+            if nulls:
+                self.problems.add(path, "it has NUL characters, which cannot be stored: they were replaced")
+            return msgspec.json.decode(content, type=dict[str, Any])
         except msgspec.MsgspecError:
             raise UnavailableError(f"{self.url} is not a server of MLflow: {path} is not a JSON object") from None
 
