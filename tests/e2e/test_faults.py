@@ -182,7 +182,8 @@ def test_points_of_a_script_survive(tmp_path: Path, end: str) -> None:
     done = subprocess.run([sys.executable, "script.py", end], cwd=tmp_path, env=environment(), check=False)
     assert done.returncode == (0 if end == "exit" else -9)
     run = json.loads(run_millrace(tmp_path, "runs", "--json").stdout)[0]
-    assert run["facts"]["params"] == {"lr": 0.1}
+    view = json.loads(run_millrace(tmp_path, "runs", "show", run["id"], "--json").stdout)
+    assert view["values"]["params"] == {"lr": "0.1"}
     code = "import millrace, sys; print(len(millrace.connect().runs()[0].metrics('loss')))"
     counted = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True
