@@ -420,6 +420,9 @@ def test_who_goes_away_is_not_counted_and_holds_nothing(runtime: OnnxRuntime, se
     asyncio.run(main())
 
 
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # of torch, where another test has loaded it: all objects are looked at
 def test_an_answered_request_is_freed_at_once(runtime: OnnxRuntime) -> None:
     """A cycle per request would leave its memory to the garbage collector."""
 

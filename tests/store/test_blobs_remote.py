@@ -246,7 +246,7 @@ def test_several_processes_put_the_same_large_blobs(remote: RemoteBlobs, moto: M
     workers = [context.Process(target=_put_all, args=arguments) for _ in range(3)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=150) for _ in workers]
     for worker in workers:
         worker.join()
     results.close()

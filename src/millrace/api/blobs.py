@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -14,7 +16,7 @@ from starlette.routing import Route
 from millrace.api import bodies
 from millrace.api.routes import PREFIX
 from millrace.control.dispatch import Dispatcher
-from millrace.core.errors import CorruptError
+from millrace.core.errors import CorruptError, DiskFullError, UnavailableError
 from millrace.core.operations.blobs import GET_BLOB, PUT_BLOB
 
 
@@ -42,6 +44,17 @@ def blob_routes(dispatcher: Dispatcher) -> list[Route]:
     ]
 
 
+def _write(file: BinaryIO, data: bytes) -> None:
+    """All of it, or an error that says that the disk is full."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError("the disk is full, the upload was not stored") from error
+        raise UnavailableError(f"the upload cannot be written: {error.strerror}") from error
+
+
 async def receive(request: Request, folder: Path) -> Path:
     """The request's body as a new temporary file.
 
@@ -55,7 +68,7 @@ async def receive(request: Request, folder: Path) -> Path:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             async for part in request.stream():
                 size += len(part)
-                await run_in_threadpool(file.write, part)
+                await run_in_threadpool(_write, file, part)
         declared = request.headers.get("content-length")
         if declared is not None and declared.isdigit() and int(declared) != size:
             raise CorruptError(f"the upload ended after {size} of {declared} bytes", hint="send it again")

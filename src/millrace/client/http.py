@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +22,15 @@ MSGPACK = "application/msgpack"
 CONNECT_TIMEOUT_S = 5.0
 RETRIES = 3  # of the connection only: a request that may have arrived is never sent twice
 _SSE_IDLE_S = 60.0
+LOCAL_PATHS: dict[str, tuple[str, ...]] = {  # request fields that name a file or folder of the caller
+    "run.submit": ("spec_path",),
+    "run.plan": ("spec_path",),
+    "run.artifact": ("path",),
+    "model.register": ("path", "data"),
+    "model.compress": ("path", "data", "to"),
+    "model.export": ("to",),
+}
+RESUME_S = 20.0  # how long a broken stream waits for its server to come back
 
 
 class HttpTransport:
@@ -51,7 +62,7 @@ class HttpTransport:
         """
         chosen = _find(operation)
         with reaching(self.url):
-            answer = self._http.send(self._request(chosen, body, MSGPACK))
+            answer = self._http.send(self._request(chosen, _with_absolute_paths(operation, body), MSGPACK))
         if answer.is_error:
             raise error_of(answer)
         return msgspec.msgpack.decode(answer.content, type=chosen.response, strict=False, dec_hook=decode_hook)
@@ -66,16 +77,24 @@ class HttpTransport:
         self._http.close()
 
     def _events(self, chosen: Operation, body: dict[str, Any]) -> Iterator[Any]:
+        cursor: int | None = None
+        deadline = 0.0
         while True:
-            cursor = None
             try:
                 with reaching(self.url):
-                    yield from self._once(chosen, body)
+                    for item in self._once(chosen, body):
+                        deadline = 0.0
+                        yield item
                 return
             except _BrokenStreamError as broken:
-                cursor = broken.cursor
+                cursor = cursor if broken.cursor is None else broken.cursor
                 if chosen.resume_field is None or cursor is None:
                     raise UnavailableError(f"{self.url} ended {chosen.name} before it was finished") from None
+            except UnavailableError:  # it may be just restarting
+                deadline = deadline or time.monotonic() + RESUME_S
+                if chosen.resume_field is None or cursor is None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
             body = {**body, chosen.resume_field: cursor}
 
     def _once(self, chosen: Operation, body: dict[str, Any]) -> Iterator[Any]:
@@ -145,6 +164,16 @@ class reaching:
                 f"the server {self._url} cannot be reached: {error or type(error).__name__}",
                 hint="is it running? `millrace up` starts one; unset MILLRACE_URL to work without",
             ) from error
+
+
+def _with_absolute_paths(operation: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The server has another working directory. References to uploads stay as they are."""
+    fields = dict(body)
+    for name in LOCAL_PATHS.get(operation, ()):
+        value = fields.get(name)
+        if isinstance(value, str) and not value.startswith(("blob:sha256:", "tree:sha256:")):
+            fields[name] = str(Path(value).absolute())
+    return fields
 
 
 def _find(operation: str) -> Operation:

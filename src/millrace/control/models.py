@@ -133,7 +133,7 @@ def rollback_target(alias: Alias) -> int | None:
     for move in alias.history:
         if str(move.get("reason", "")).startswith("rollback:") and len(stack) > 1:
             stack.pop()
-        else:
+        elif stack[-1:] != [move["to"]]:  # who promotes what is promoted already has moved nothing
             stack.append(move["to"])
     return stack[-2] if len(stack) > 1 else None
 

@@ -148,10 +148,14 @@ class LocalBlobs:
 
     def _bring_back(self, digest: str) -> bool:
         """Undo `discard`; False when there is nothing to undo. A purge at the same moment is either first or late."""
-        place = self._place(digest)
+        place, aside = self._place(digest), self._aside / digest[7:]
+        if not aside.exists():
+            return False
         try:
-            place.parent.mkdir(exist_ok=True)
-            os.rename(self._aside / digest[7:], place)
+            if not place.parent.is_dir():
+                place.parent.mkdir(exist_ok=True)
+                self._sync(self._files)
+            os.rename(aside, place)
         except FileNotFoundError:
             return False
         self._sync(place.parent)
