@@ -90,8 +90,9 @@ def test_a_server_that_is_killed_again_and_again_under_a_writer(tmp_path: Path) 
     for _ in range(3):
         time.sleep(0.3)
         children = list(server.children().values())
-        os.kill(children[0], signal.SIGKILL)
         server.kill()
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
         for pid in children:
             until(lambda pid=pid: process_start(pid) is None, "its children end with it")
         server = RunningServer(tmp_path / "home", arguments=("--port", port)).start()

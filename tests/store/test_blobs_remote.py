@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -231,25 +230,14 @@ def test_sixteen_creators_of_one_blob(remote: RemoteBlobs, moto: MotoServer, tmp
     assert remote.read(found[0]) == data
 
 
-def _put_all(url: str, cache: Path, remote_options: RemoteOptions, files: list[Path], results) -> None:
-    blobs = RemoteBlobs(url, cache, remote_options)
-    results.put([blobs.put(file).digest for file in files])
-
-
 def test_several_processes_put_the_same_large_blobs(remote: RemoteBlobs, moto: MotoServer, tmp_path: Path) -> None:
     files = [tmp_path / f"file{number}" for number in range(2)]
     for file in files:
         file.write_bytes(os.urandom(9 << 20))
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (remote.url, tmp_path / "cache", options(moto), files, results)
-    workers = [context.Process(target=_put_all, args=arguments) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=150) for _ in workers]
-    for worker in workers:
-        worker.join()
-    results.close()
+    program = PRELUDE + f"print(*[blobs.put(Path(file)).digest for file in {[str(file) for file in files]}])"
+    arguments = [sys.executable, "-c", program, remote.url, str(tmp_path / "cache"), moto.endpoint]
+    writers = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [writer.communicate(timeout=150)[0].split() for writer in writers]
     wanted = ["sha256:" + hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     assert found == [wanted] * 3
     assert sorted(one.digest for one in remote.list()) == sorted(wanted)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import queue
-import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from millrace.control.interrupts import calling_on_signals
 from millrace.control.pipeline import LEASE_TTL_S, Driver
 from millrace.control.publishing import write_report
 from millrace.control.services import Services
@@ -49,7 +48,7 @@ class _Driving:
 
     def events(self) -> Iterator[RunEvent]:
         thread = threading.Thread(target=self._drive, name="driver", daemon=True)
-        with self._cancelling_on_signals():
+        with calling_on_signals(self._on_signal):
             thread.start()
             while (event := self._queue.get()) is not None:
                 yield event
@@ -57,19 +56,6 @@ class _Driving:
         if self._failure is not None:
             raise self._failure
         yield self._end()
-
-    @contextmanager
-    def _cancelling_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM cancel, wherever they find this process: also while an event is being printed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._interrupts += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from millrace.control.interrupts import calling_on_signals
 from millrace.control.models import open_version
 from millrace.control.services import Services
 from millrace.control.watching import Watch
@@ -51,21 +52,35 @@ class Supervisor:
         self._watch = Watch(services, version.name, version, bundle.reference, monitor)
         self._crashes: list[float] = []
         self._child: ServerProcess | None = None
+        self._is_stopping = False
 
     def run(self) -> Iterator[ServeEvent | None]:
         """Events until Ctrl-C; the child drains before this returns."""
         try:
-            yield self._start()
-            while True:
-                yield from self._turn()
-                if self._services.drives_apart:
-                    yield None  # a server notices at the next item that its client has gone
-        except KeyboardInterrupt:
-            yield ServeEvent(kind="stopping", text="draining: no new requests, those in flight are answered")
+            with calling_on_signals(self._on_signal):
+                yield from self._serve()
+                yield ServeEvent(kind="stopping", text="draining: no new requests, those in flight are answered")
         finally:
             self._stop()
         yield from self._drain_frames()
         yield ServeEvent(kind="stopped", text="every request was answered")
+
+    def _serve(self) -> Iterator[ServeEvent | None]:
+        try:
+            yield self._start()
+            while not self._is_stopping:
+                yield from self._turn()
+                if self._services.drives_apart:
+                    yield None  # a server notices at the next item that its client has gone
+        except StageError:
+            if not self._is_stopping:  # Ctrl-C on a terminal reaches the child as well, also while it starts
+                raise
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Once: drain and stop. Twice: leave at once."""
+        if self._is_stopping:
+            raise KeyboardInterrupt
+        self._is_stopping = True
 
     def _start(self) -> ServeEvent:
         child = ServerProcess(self._config, self._frames.put)
@@ -102,7 +117,7 @@ class Supervisor:
         else:
             yield from self._watch.take(frame)
         child = self._child
-        if child is not None and child.exit_code is not None:
+        if child is not None and child.exit_code is not None and not self._is_stopping:
             yield self._restart(child.exit_code)
 
     def _drain_frames(self) -> Iterator[ServeEvent]:
