@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+import millrace
 from millrace.compress import COMPRESS
 from millrace.control.dispatch import Dispatcher
 from millrace.control.services import Services
 from millrace.control.stages import REGISTER
 from millrace.core import extras, server_file
 from millrace.core.clock import SystemClock
-from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor, Transport, Work
+from millrace.core.errors import InputError
+from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor, StepBlobs, Transport, Work
+from millrace.core.server_file import ServerFile
 from millrace.core.settings import find_home, resolve_settings
-from millrace.core.types import Lease
+from millrace.core.types import Lease, Struct
 from millrace.data import DATA
 from millrace.monitor import MONITOR
 from millrace.serve import SERVE
@@ -39,6 +44,8 @@ HANDLER_MODULES = (
     "millrace.control.recorded",
     "millrace.control.registered",
     "millrace.control.mlflow_import.verbs",
+    "millrace.control.tokens",
+    "millrace.control.works",
 )
 
 
@@ -61,11 +68,7 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
         return _open_blobs(folder, url)
 
     def open_compute(preload: Sequence[str]) -> Compute:
-        compute_type = extras.load("millrace.compute.local:LocalCompute")
-        return compute_type(
-            folder, entry="millrace.wiring:execute", preload=tuple(preload),
-            heartbeat_timeout_s=settings["heartbeat_timeout_s"].value,
-        )  # fmt: skip
+        return _open_compute(services, preload)
 
     def open_signer() -> Signer:
         published = extras.load("millrace.control.trust:published_key")
@@ -96,6 +99,24 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
     return services
 
 
+def _open_compute(services: Services, preload: Sequence[str]) -> Compute:
+    """This machine; or, for steps that may leave it, whichever workers ask for them."""
+    silence_s, kind = services.setting("heartbeat_timeout_s"), services.setting("compute")
+    if kind not in ("local", "workers"):
+        raise InputError(f"the setting compute is local or workers, got {kind!r}")
+    local: Compute = extras.load("millrace.compute.local:LocalCompute")(
+        services.home, entry="millrace.wiring:execute", preload=tuple(preload), heartbeat_timeout_s=silence_s
+    )
+    if kind == "local":
+        return local
+    stays = [stage for stage in services.stages.values() if stage.stays_home or stage.uses_source or stage.timed]
+    pack = extras.load("millrace.control.uploads:store_project")
+    return extras.load("millrace.compute.remote:RemoteCompute")(
+        services.records, services.clock, local, stays_home=frozenset(stage.implementation for stage in stays),
+        pack=lambda project: pack(services.blobs, project), silence_s=silence_s,
+    )  # fmt: skip
+
+
 def _open_records(home: Path, url: str) -> Records:
     if url:
         extras.require([("psycopg", "postgres")], "keeping records on PostgreSQL")
@@ -120,11 +141,29 @@ def open_transport(home: str | None = None, *, embedded: bool = False) -> Transp
     if embedded:
         return open_dispatcher(home)
     folder = Path(home).absolute() if home else find_home(Path.cwd())
-    url = resolve_settings(home=folder)["url"].value
+    settings = resolve_settings(home=folder)
+    url = settings["url"].value
     if url:
-        return extras.load("millrace.client.remote:RemoteTransport")(url)
-    url = _living_server(folder)
-    return extras.load("millrace.client.http:HttpTransport")(url) if url else open_dispatcher(home)
+        return open_far(url, os.environ.get("MILLRACE_TOKEN", ""), settings["ca_file"].value)
+    server = _living_server(folder)
+    if server is None:
+        return open_dispatcher(home)
+    token = os.environ.get("MILLRACE_TOKEN") or _local_token(folder)
+    return extras.load("millrace.client.http:HttpTransport")(server.url, token, server.ca_file)
+
+
+def open_far(url: str, token: str = "", ca_file: str = "") -> Any:
+    """The transport to a server that shares no files with this process."""
+    return extras.load("millrace.client.remote:RemoteTransport")(url, token, ca_file)
+
+
+def _local_token(home: Path) -> str:
+    """What a server that wants tokens has left for commands in its home's folder."""
+    path = home / server_file.TOKEN_NAME
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):  # a server that wants none, or another user's
+        return ""
 
 
 def open_dispatcher(home: str | None = None, *, drives_apart: bool = False) -> Dispatcher:
@@ -134,13 +173,13 @@ def open_dispatcher(home: str | None = None, *, drives_apart: bool = False) -> D
     return Dispatcher(open_services(home, drives_apart=drives_apart))
 
 
-def _living_server(home: Path) -> str | None:
-    """The URL of the server that `server.json` of the home names, if its process lives."""
+def _living_server(home: Path) -> ServerFile | None:
+    """The server that `server.json` of the home names, if its process lives."""
     server = server_file.read(home)
     if server is None:
         return None
     lease = Lease(id="server", boot_id=server.boot_id, pid=server.pid, process_started=server.process_started)
-    return None if extras.load("millrace.store.leases:holder_is_dead")(lease) else server.url
+    return None if extras.load("millrace.store.leases:holder_is_dead")(lease) else server
 
 
 def run_server(home: str | None, on_ready: Callable[[str], None], **options: Any) -> int:
@@ -152,6 +191,57 @@ def run_server(home: str | None, on_ready: Callable[[str], None], **options: Any
     supervisor_type = extras.load("millrace.api.supervisor:Supervisor")
     config = extras.load("millrace.api.supervisor:UpConfig")(home=str(folder), **options)
     return supervisor_type(config, lambda: open_dispatcher(str(folder), drives_apart=True)).run(on_ready)
+
+
+class Access(Struct, frozen=True, kw_only=True):
+    """How a work on another machine reaches its server: a file that its worker process reads."""
+
+    url: str
+    token: str
+    ca_file: str
+    cache: str
+    patience_s: float
+
+
+ACCESS_NAME = "access.json"
+
+
+def run_worker(on_event: Callable[[str], None], *, url: str, token: str, ca_file: str, folder: Path, name: str) -> None:
+    """Ask a server for works and do them, until SIGTERM or SIGINT."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    local: Compute = extras.load("millrace.compute.local:LocalCompute")(folder, entry="millrace.wiring:execute_afar")
+
+    def open_order(order: Any, place: Path) -> tuple[Any, Any]:
+        access = Access(
+            url=url, token=order.token, ca_file=ca_file, cache=str(folder / "cache"), patience_s=order.silence_s
+        )
+        with open(os.open(place / ACCESS_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(access))
+        return _open_access(access)
+
+    server = open_far(url, token, ca_file)
+    agent = extras.load("millrace.compute.agent:Agent")(
+        server, open_order, local, folder=folder, name=name, version=millrace.__version__
+    )
+    try:
+        with extras.load("millrace.control.interrupts:calling_on_signals")(lambda *_: agent.stop()):
+            agent.run(on_event)
+    finally:
+        local.close()
+        server.close()
+
+
+def _open_access(access: Access) -> tuple[Any, StepBlobs]:
+    server = open_far(access.url, access.token, access.ca_file)
+    cache = extras.load("millrace.store.blobs_local:LocalBlobs")(Path(access.cache))
+    return server, extras.load("millrace.client.far_blobs:FarBlobs")(server, cache, access.patience_s)
+
+
+def execute_afar(work: Work, link: Any) -> dict[str, Any]:
+    """The entry of a worker process on another machine."""
+    access = msgspec.json.decode((Path(work.home_dir) / ACCESS_NAME).read_bytes(), type=Access)
+    os.environ["MILLRACE_HOME"] = work.home_dir
+    return extras.load("millrace.compute.worker:run_stage")(work, link, _open_access(access)[1])
 
 
 def execute(work: Work, link: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from millrace.client.http import HttpTransport
 from millrace.core import server_file
@@ -76,10 +77,26 @@ def test_a_second_server_on_the_home_is_told_who_holds_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
-def test_other_addresses_than_loopback_are_refused(tmp_path: Path, host: str) -> None:
+def test_what_others_can_reach_wants_a_certificate(tmp_path: Path, host: str) -> None:
     refused = run_command(tmp_path / "home", "up", "--port", "0", "--host", host)
     assert refused.returncode == 6
-    assert "nobody is asked yet who they are" in refused.stderr
+    assert "tokens must not travel in the open" in refused.stderr
+    assert not (tmp_path / "home").exists(), "a refusal leaves nothing"
+
+
+def test_a_certificate_that_does_not_work_is_refused(tmp_path: Path) -> None:
+    one, other = (trustme.CA().issue_cert("localhost") for _ in range(2))
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    one.cert_chain_pems[0].write_to_path(certificate)
+    other.private_key_pem.write_to_path(key)
+    for arguments in (("--tls-cert", certificate, "--tls-key", key), ("--tls-cert", str(tmp_path / "none.pem"))):
+        refused = run_command(tmp_path / "home", "up", "--port", "0", *arguments)
+        assert refused.returncode == 2
+        assert "cannot be used" in refused.stderr
+    other.private_key_and_cert_chain_pem.write_to_path(certificate)
+    refused = run_command(tmp_path / "home", "up", "--port", "0", "--host", "0.0.0.0", "--tls-cert", certificate)
+    assert refused.returncode == 2
+    assert "which name do clients use" in refused.stderr
 
 
 def test_a_busy_port_is_named(tmp_path: Path) -> None:

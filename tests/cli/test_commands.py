@@ -31,6 +31,7 @@ VERBS = {
     "config",
     "up",
     "deploy",
+    "worker",
     "service",
     "import",
 }
@@ -41,6 +42,7 @@ NOUNS = {
     "models": {"list", "show", "register", "promote", "rollback", "export"},
     "endpoints": {"list", "show", "delete"},
     "alerts": {"list", "show", "resolve"},
+    "tokens": {"list", "create", "revoke"},
     "system": {"gc", "du", "migrate"},
 }
 

@@ -75,7 +75,8 @@ def any_record(kind: type[Record]) -> Record:
         if field.required:
             text = str(field.type)
             wanted[field.name] = (
-                7 if "int" in text else 0.5 if "float" in text else {"digest": "d", "size_bytes": 1} if "Artifact" in text
+                ["x"] if "tuple" in text else [{"x": 1}] if "list" in text else {"x": 1} if "dict" in text
+                else 7 if "int" in text else 0.5 if "float" in text else {"digest": "d", "size_bytes": 1} if "Artifact" in text
                 else msgspec.inspect.type_info(field.type).values[0] if "Literal" in text else "x"
             )  # fmt: skip
     return msgspec.convert(wanted, kind)

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from millrace.api import meters, openapi
 from millrace.api.blobs import blob_routes
 from millrace.api.bodies import encode_json
-from millrace.api.guards import HostGuard
+from millrace.api.guards import Authenticated, HostGuard
 from millrace.api.mlflow.routes import mlflow_routes
 from millrace.api.pages.routes import page_routes
 from millrace.api.problems import problem
@@ -34,6 +34,7 @@ def build_app(
     *,
     is_stopping: Callable[[], bool] = lambda: False,
     allowed_hosts: frozenset[str] = frozenset(),
+    wants_token: bool = False,
 ) -> Starlette:
     """The ASGI application over a home.
 
@@ -41,6 +42,7 @@ def build_app(
         dispatcher: The door to every operation.
         is_stopping: True once the process is to end: open streams end then.
         allowed_hosts: Host names to answer to, besides the loopback ones.
+        wants_token: Nobody may ask without one.
     """
     document = encode_json(openapi.document(OPERATIONS.values()))
 
@@ -72,7 +74,11 @@ def build_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(meters.Measured), Middleware(HostGuard, allowed=allowed_hosts)],
+        middleware=[
+            Middleware(meters.Measured),
+            Middleware(HostGuard, allowed=allowed_hosts),
+            Middleware(Authenticated, services=dispatcher.services, is_required=wants_token),
+        ],
         exception_handlers={MillraceError: _failed, 404: _no_route, 405: _wrong_method, Exception: _unexpected},
     )
     app.router.redirect_slashes = False

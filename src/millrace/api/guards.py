@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from millrace.api.problems import problem
+from millrace.control.authorisation import acting_as, authenticate, bearer
+from millrace.control.services import Services
+from millrace.core.errors import MillraceError, UnauthenticatedError
+from millrace.core.principals import Principal
+
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
 class HostGuard:
@@ -48,3 +56,37 @@ class HostGuard:
             return (urlsplit(address).hostname or "") in self._allowed
         except ValueError:
             return False
+
+
+class Authenticated:
+    """Finds out who is asking, by a bearer token. What they may do is decided in dispatch.
+
+    Args:
+        app: What comes next.
+        services: Where tokens are.
+        is_required: Whether nobody may ask without one; else who brings none is whoever runs this server.
+    """
+
+    def __init__(self, app: ASGIApp, services: Services, is_required: bool) -> None:
+        self._app, self._services, self._is_required = app, services, is_required
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            principal = await self._principal(scope)
+        except MillraceError as error:
+            await problem(error)(scope, receive, send)
+            return
+        with acting_as(principal):
+            await self._app(scope, receive, send)
+
+    async def _principal(self, scope: Scope) -> Principal | None:
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) == 1 and (self._is_required or given[0][:7].lower() == "bearer "):
+            return await run_in_threadpool(authenticate, self._services, bearer(given[0]))
+        if self._is_required:
+            raise UnauthenticatedError(f"this server wants one Authorization header, got {len(given)}")
+        return None

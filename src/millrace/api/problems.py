@@ -15,6 +15,7 @@ STATUSES: dict[str, int] = {
     "data.invalid": 422,
     "ref.not_found": 404,
     "record.conflict": 409,
+    "auth.required": 401,
     "auth.denied": 403,
     "stage.failed": 422,
     "stage.timeout": 422,
@@ -54,6 +55,8 @@ def problem(error: MillraceError) -> Response:
         **error.to_dict(),
     }
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="millrace"'
     content = msgspec.json.encode(body, enc_hook=str)
     return Response(content, status_code=status, media_type="application/problem+json", headers=headers)
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +29,10 @@ from millrace.api.app import build_app
 from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
 from millrace.control.loop import Loop
+from millrace.control.tokens import first_tokens
 from millrace.core import server_file
-from millrace.core.errors import ConflictError, DeniedError, DiskFullError, MillraceError, UnavailableError
+from millrace.core.addresses import is_loopback
+from millrace.core.errors import ConflictError, DeniedError, DiskFullError, InputError, MillraceError, UnavailableError
 from millrace.core.server_file import ServerFile
 from millrace.core.types import Struct
 from millrace.store.leases import host_id, process_start
@@ -50,6 +53,14 @@ class UpConfig(Struct, frozen=True, kw_only=True):
     port: int = 7070
     serve_port: int = 0  # of the endpoints; 0 takes a free one
     workers: int = 1
+    tls_cert: str = ""
+    tls_key: str = ""
+    names: tuple[str, ...] = ()  # host names that clients call it by, besides `host`
+
+    @property
+    def wants_token(self) -> bool:
+        """As soon as others can reach it."""
+        return not is_loopback(self.host)
 
 
 class Child:
@@ -107,15 +118,16 @@ class Supervisor:
             ConflictError: Another server serves this home.
             UnavailableError: The port is taken, or the home cannot be opened.
         """
+        listener = bind(self._config)
         self._home.mkdir(parents=True, exist_ok=True)
         self._lock = lock_home(self._home)
-        listener = bind(self._config.host, self._config.port)
         self._metrics.mkdir(parents=True, exist_ok=True)
         try:
             _once(self._prepare)
             return self._supervise(listener, on_ready)
         finally:
             server_file.remove(self._home, os.getpid())
+            (self._home / server_file.TOKEN_NAME).unlink(missing_ok=True)
             shutil.rmtree(self._metrics, ignore_errors=True)
             listener.close()
 
@@ -123,13 +135,17 @@ class Supervisor:
         """In a child: create or migrate the records, which needs much memory once."""
         dispatcher = self._open()
         _ = dispatcher.services.records
+        if self._config.wants_token:
+            secret = first_tokens(dispatcher.services)
+            if secret:
+                print(f" owner     {secret}  (shown this once; keep it as MILLRACE_TOKEN)", flush=True)
         dispatcher.close()
 
     def _supervise(self, listener: socket.socket, on_ready: Callable[[str], None]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         port = listener.getsockname()[1]
-        url = f"http://{self._config.host}:{port}"
+        url = _url(self._config, port)
         children = [Child("loop", self._run_loop)]
         for index in range(self._config.workers):
             children.append(Child(f"api {index}", lambda: self._run_api(listener)))
@@ -152,6 +168,7 @@ class Supervisor:
         return ServerFile(
             url=url, pid=os.getpid(), boot_id=host_id(), process_started=process_start(os.getpid()) or "",
             version=millrace.__version__, started_at=time.time(),
+            ca_file=str(Path(self._config.tls_cert).absolute()) if self._config.tls_cert else "",
         )  # fmt: skip
 
     def _on_signal(self, *_: object) -> None:
@@ -161,7 +178,7 @@ class Supervisor:
         """Until a request is answered, or this is to stop; False when the time is up, or it is to stop."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and not self._stopping:
-            if _answers(self._config.host, port):
+            if _answers(self._config, port):
                 return True
             self._watch(children)
             time.sleep(0.05)
@@ -192,10 +209,16 @@ class Supervisor:
         _reserve_metrics(self._metrics)
         dispatcher = self._open()
         served: list[uvicorn.Server] = []
-        app = build_app(dispatcher, is_stopping=lambda: bool(served) and served[0].should_exit)
+        app = build_app(
+            dispatcher,
+            is_stopping=lambda: bool(served) and served[0].should_exit,
+            allowed_hosts=frozenset(name.lower() for name in (self._config.host, *self._config.names)),
+            wants_token=self._config.wants_token,
+        )
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=int(GRACE_S) - 5, timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
+            ssl_certfile=self._config.tls_cert or None, ssl_keyfile=self._config.tls_key or None,
         )  # fmt: skip
         served.append(uvicorn.Server(config))
         try:
@@ -237,23 +260,53 @@ def lock_home(home: Path) -> IO[bytes]:
     return lock
 
 
-def bind(host: str, port: int) -> socket.socket:
+def _url(config: UpConfig, port: int) -> str:
+    name = config.names[0] if config.names else config.host
+    scheme = "https" if config.tls_cert else "http"
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def check_tls(config: UpConfig) -> None:
+    """Refuse what would show tokens to the network, and a certificate that does not work.
+
+    Raises:
+        DeniedError: Others can reach it, and it has no certificate.
+        InputError: The certificate or its key cannot be read, or they are no pair.
+    """
+    if config.wants_token and not config.tls_cert:
+        raise DeniedError(
+            f"{config.host} can be reached by others: tokens must not travel in the open",
+            hint="name a certificate: --tls-cert FILE --tls-key FILE; or bind 127.0.0.1",
+        )
+    if config.wants_token and config.host in ("0.0.0.0", "::") and not config.names:
+        raise InputError(
+            f"{config.host} is every address of this machine: which name do clients use?", hint="--name HOST"
+        )
+    if not config.tls_cert:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_cert, config.tls_key or None)
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(
+            f"the certificate {config.tls_cert} with the key {config.tls_key or 'in it'} cannot be used: {error}",
+            hint="want PEM files that belong together",
+        ) from None
+
+
+def bind(config: UpConfig) -> socket.socket:
     """A listening socket.
 
     Raises:
-        DeniedError: The host is not a loopback address.
+        DeniedError: Others can reach the host, and there is no certificate.
         UnavailableError: The port is taken.
     """
+    check_tls(config)
+    host, port = config.host, config.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise UnavailableError(f"{host!r} is not an address of this machine: {error}") from None
     address = found[4]
-    if not (str(address[0]).startswith("127.") or address[0] == "::1"):
-        raise DeniedError(
-            f"{host} can be reached by others, and nobody is asked yet who they are",
-            hint="bind 127.0.0.1, and put a proxy with authentication in front",
-        )
     listener = socket.socket(found[0], socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -318,14 +371,24 @@ def _once(work: Callable[[], None]) -> None:
         raise UnavailableError("the home could not be opened", hint="the lines above say why; see `millrace doctor`")
 
 
-def _answers(host: str, port: int) -> bool:
+def _answers(config: UpConfig, port: int) -> bool:
     """Whether an API process takes connections: the socket listens before there is one."""
     try:
-        with socket.create_connection((host, port), timeout=2.0) as probe:
-            probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return probe.recv(64).startswith(b"HTTP/1.1 200")
+        with socket.create_connection((config.host, port), timeout=2.0) as plain:
+            if not config.tls_cert:
+                return _is_well(plain)
+            context = ssl.create_default_context()
+            # It asks itself, and sends no secret: whose certificate this is does not matter.
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            with context.wrap_socket(plain) as probe:
+                return _is_well(probe)
     except OSError:
         return False
+
+
+def _is_well(probe: socket.socket) -> bool:
+    probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    return probe.recv(64).startswith(b"HTTP/1.1 200")
 
 
 def _stop(children: list[Child]) -> int:

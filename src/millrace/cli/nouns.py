@@ -17,7 +17,9 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "model": ("list", "get", "register", "promote", "rollback", "export"),
     "endpoint": ("list", "get", "delete"),
     "alert": ("list", "get", "resolve"),
+    "token": ("list", "create", "revoke"),
 }
+_RENDERERS = {("token", "create"): "render_created_token"}
 _SUMMARIES = {
     "run": "Runs: what was executed, with every step.",
     "project": "Projects: what runs belong to.",
@@ -25,6 +27,7 @@ _SUMMARIES = {
     "model": "Model versions, aliases, promotion and roll-back.",
     "endpoint": "Served models.",
     "alert": "What needs a look.",
+    "token": "Tokens: what clients and workers prove themselves with.",
 }
 
 
@@ -50,7 +53,7 @@ def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
     json_option(group)
     for verb in verbs:
         name = "show" if verb == "get" else verb
-        renderer = show if verb == "list" else f"render_{noun}" if verb == "get" else None
+        renderer = show if verb == "list" else f"render_{noun}" if verb == "get" else _RENDERERS.get((noun, verb))
         group.add_command(derive_command(OPERATIONS[f"{noun}.{verb}"], name, renderer))
     return group
 

@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -162,6 +163,27 @@ def render_alert(alert: Any) -> None:
     if top:
         rows = [[one["name"], f"{one['score']:.2f}", f"{one['threshold']:.2f}"] for one in top]
         print_table(["FEATURE", "SCORE", "THRESHOLD"], rows)
+
+
+def render_tokens(tokens: list[Any]) -> None:
+    """A table of tokens."""
+    rows = [
+        [
+            token.name,
+            token.prefix + "…",
+            " ".join(token.scopes),
+            "revoked" if token.revoked_at else "never" if token.expires_at is None else when(token.expires_at),
+            when(token.last_used_at),
+        ]
+        for token in tokens
+    ]
+    print_table(["TOKEN", "BEGINS WITH", "SCOPES", "EXPIRES", "LAST USED"], rows)
+
+
+def render_created_token(created: Any) -> None:
+    """The secret alone on the last line, so that it can be piped."""
+    click.echo(f"token {created.token.name} ({' '.join(created.token.scopes)}); shown this once:", err=True)
+    click.echo(created.secret)
 
 
 def render_gc(answer: Any) -> None:

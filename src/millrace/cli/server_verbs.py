@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,7 +21,7 @@ DEPLOY_TIMEOUT_S = 60.0
 
 @click.command(short_help="Serve this home to a team: API, MLflow clients, pages, endpoints.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Loopback only, as long as nobody is asked who they are."
+    "--host", default="127.0.0.1", show_default=True, help="Any but a loopback address wants TLS, and asks for tokens."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=7070, show_default=True, help="0 takes a free one.")
 @click.option(
@@ -29,6 +32,9 @@ DEPLOY_TIMEOUT_S = 60.0
     help="Of deployed endpoints; 0: a free one.",
 )
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="API processes.")
+@click.option("--tls-cert", default="", metavar="FILE", help="The server's certificate (PEM): it speaks HTTPS then.")
+@click.option("--tls-key", default="", metavar="FILE", help="Its private key, where that is not in the same file.")
+@click.option("--name", "names", multiple=True, metavar="HOST", help="A host name that clients use; may be repeated.")
 @json_option
 @click.pass_obj
 def up(session: Session, as_json: bool, **options: Any) -> None:
@@ -40,6 +46,7 @@ def up(session: Session, as_json: bool, **options: Any) -> None:
     Examples:
       millrace up
       millrace up --port 9000 --workers 4
+      millrace up --host 10.0.0.5 --tls-cert cert.pem --tls-key key.pem
     """
     session.as_json = as_json
     logging.getLogger("millrace").setLevel(logging.INFO)
@@ -90,4 +97,47 @@ def deploy(session: Session, model: str, wait: bool, as_json: bool, **options: A
         click.echo(f"{endpoint.name} {endpoint.state}: {endpoint.model} v{endpoint.number}{where}")
 
 
-COMMANDS: tuple[click.Command, ...] = (up, deploy)
+@click.command(short_help="Do works of a server on this machine.")
+@click.argument("url")
+@click.option("--token-file", metavar="FILE", help="A token with the scope `worker`; default: MILLRACE_TOKEN.")
+@click.option("--ca-file", default="", metavar="FILE", help="The server's certificate, where no authority signed it.")
+@click.option("--folder", default="millrace-worker", show_default=True, metavar="FOLDER", help="Everything goes there.")
+@click.option("--name", default=platform.node, help="What people call this worker; default: the host's name.")
+@json_option
+@click.pass_obj
+def worker(
+    session: Session, url: str, token_file: str | None, ca_file: str, folder: str, name: str, as_json: bool
+) -> None:
+    """Ask a server for training steps and run them here; it wants `compute: workers` in its settings.
+
+    Ctrl-C gives back what is being done. Steps run as this user: use one that owns nothing else.
+
+    \b
+    Examples:
+      millrace worker https://10.0.0.5:7070 --token-file token.txt --ca-file cert.pem
+    """
+    if token_file is not None:
+        token = Path(token_file).read_text(encoding="utf-8").strip()
+    else:
+        token = os.environ.pop("MILLRACE_TOKEN", "")  # so that no step inherits it
+
+    session.as_json = as_json
+
+    def say(text: str) -> None:
+        if as_json:
+            session.print_json({"worker": name, "text": text})
+        else:
+            click.echo(f" worker    {text}")
+
+    say(f"{name} asks {url} for works")
+    extras.load("millrace.wiring:run_worker")(
+        say,
+        url=url,
+        token=token,
+        ca_file=str(Path(ca_file).absolute()) if ca_file else "",
+        folder=Path(folder),
+        name=name,
+    )
+
+
+COMMANDS: tuple[click.Command, ...] = (up, deploy, worker)

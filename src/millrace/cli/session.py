@@ -24,6 +24,7 @@ EXIT_CODES: dict[str, int] = {
     "stage.failed": 5,
     "stage.timeout": 5,
     "stage.out_of_memory": 5,
+    "auth.required": 6,
     "auth.denied": 6,
     "extra.missing": 7,
     "artifact.corrupt": 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,20 +39,24 @@ class HttpTransport:
 
     Args:
         url: The server, for example `http://127.0.0.1:7070`.
+        token: What proves who is asking, where the server wants to know.
+        ca_file: A file of certificates to trust, for a server whose own is signed by no public authority.
 
     Raises:
-        InputError: The URL is not one of HTTP.
+        InputError: The URL is not one of HTTP, the token is none, or `ca_file` holds no certificates.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str = "", ca_file: str = "") -> None:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"a server's URL must begin with http:// or https://, got {url!r}")
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")  # shown in errors: without a password
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # an operation takes as long as it takes
-        self._http = httpx.Client(
-            base_url=parsed, timeout=timeout, transport=httpx.HTTPTransport(retries=RETRIES), trust_env=False
-        )
+        if not (token.isascii() and token.isprintable()):
+            raise InputError("a token has ASCII characters alone: this is none", hint="copy it anew")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        carrier = httpx.HTTPTransport(verify=_trusting(ca_file), retries=RETRIES, trust_env=False)
+        self._http = httpx.Client(base_url=parsed, timeout=timeout, transport=carrier, trust_env=False, headers=headers)
 
     def call(self, operation: str, body: Mapping[str, Any]) -> Any:
         """Ask for one operation.
@@ -164,6 +169,15 @@ class reaching:
                 f"the server {self._url} cannot be reached: {error or type(error).__name__}",
                 hint="is it running? `millrace up` starts one; unset MILLRACE_URL to work without",
             ) from error
+
+
+def _trusting(ca_file: str) -> ssl.SSLContext | bool:
+    if not ca_file:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"{ca_file} cannot be read as certificates: {error}", hint="want a PEM file") from None
 
 
 def _with_absolute_paths(operation: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from millrace.client.http import MSGPACK, PREFIX, HttpTransport, error_of, reach
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError
 from millrace.core.operations.registry import ExportResponse, OpenModelResponse
 from millrace.core.operations.runs import RunEvent
+from millrace.core.project_files import project_files
 from millrace.core.types import Artifact, ModelVersion, TreeEntry
 
 CHUNK_BYTES = 1 << 20
-MAX_PROJECT_BYTES = 2 << 30
-LEFT_AT_HOME = frozenset({"report.html", "__pycache__", "node_modules"})  # and names that begin with a dot
 
 
 class RemoteTransport(HttpTransport):
@@ -70,7 +69,7 @@ class RemoteTransport(HttpTransport):
     def upload_folder(self, folder: Path) -> Artifact:
         """Store a folder's files and their listing on the server."""
         entries = []
-        for path in sorted(_files(folder)):
+        for path in project_files(folder):
             stored = self.upload(path)
             place = path.relative_to(folder).as_posix()
             entries.append(TreeEntry(path=place, digest=stored.digest, size_bytes=stored.size_bytes))
@@ -167,25 +166,6 @@ class RemoteTransport(HttpTransport):
             "compressing a file needs no server: it measures the machine that it runs on",
             hint=f"unset MILLRACE_URL and run `millrace compress {body.get('path', '')}` again",
         )
-
-
-def _files(folder: Path) -> list[Path]:
-    """What a run may need: regular files, without hidden ones, caches and earlier reports."""
-    found, size = [], 0
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in LEFT_AT_HOME)
-        for name in names:
-            path = Path(root) / name
-            if name.startswith(".") or name in LEFT_AT_HOME or not path.is_file():
-                continue
-            size += path.stat().st_size
-            found.append(path)
-    if size > MAX_PROJECT_BYTES:
-        raise InputError(
-            f"{folder} has {size >> 20} MiB to upload, at most {MAX_PROJECT_BYTES >> 20} are",
-            hint="put the data where the server can read it, and name that place in data.source",
-        )
-    return found
 
 
 def _digest_of(path: Path) -> str:

@@ -26,7 +26,7 @@ from millrace.compute.outbox import WorkerLink, end_session, peak_bytes
 from millrace.compute.processes import die_with_parent
 from millrace.core import extras
 from millrace.core.errors import CancelledError, NotFoundError, StageError
-from millrace.core.ports import Blobs, Work, WorkResult
+from millrace.core.ports import StepBlobs, Work, WorkResult
 from millrace.core.spec import Spec
 from millrace.core.spec_errors import decode_hook
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact
@@ -43,7 +43,7 @@ class WorkerContext:
         blobs: Where inputs come from and outputs go.
     """
 
-    def __init__(self, work: Work, link: WorkerLink, blobs: Blobs) -> None:
+    def __init__(self, work: Work, link: WorkerLink, blobs: StepBlobs) -> None:
         self._work, self._link, self._blobs = work, link, blobs
         home = Path(work.home_dir or ".")
         root = Path(work.scratch_dir) if work.scratch_dir else home / "scratch" / "steps" / work.step_id
@@ -132,7 +132,7 @@ class WorkerContext:
         self._link.progress(done, total, text)
 
 
-def run_stage(work: Work, link: WorkerLink, blobs: Blobs) -> dict[str, Any]:
+def run_stage(work: Work, link: WorkerLink, blobs: StepBlobs) -> dict[str, Any]:
     """Call the work's function with its spec and a context.
 
     Args:

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from millrace.control.authorisation import acting_principal, authorise
 from millrace.control.services import Services
 from millrace.core.errors import InputError, MillraceError, NotFoundError
 from millrace.core.operations import Operation
 from millrace.core.operations.table import OPERATIONS
+from millrace.core.principals import Principal
 from millrace.core.spec_errors import decode_hook
 from millrace.core.types import Event
 
@@ -51,12 +53,12 @@ class Dispatcher:
 
     Args:
         services: What handlers may use.
-        principal: Who is asking; recorded as the actor of every write.
+        principal: Who is asking where no door has found out; the actor of every write.
     """
 
     def __init__(self, services: Services, principal: str | None = None) -> None:
         self._services = services
-        self._principal = principal or local_principal()
+        self._principal = Principal(id=principal or local_principal())
 
     def call(self, operation: str, body: Mapping[str, Any], *, strict: bool = True) -> Any:
         """Run one operation. Without `strict`, numbers and booleans may be texts, as in a URL's query.
@@ -99,6 +101,7 @@ class Dispatcher:
         if chosen is None:
             raise NotFoundError(f"there is no operation {operation!r}")
         try:
+            authorise(self._services, self._acting, chosen, None)
             answer = work(self._services)
         except MillraceError as error:
             self._record(chosen, subject, detail, error.code)
@@ -107,6 +110,10 @@ class Dispatcher:
             raise self._internal(chosen, error) from error
         self._record(chosen, subject, detail, "ok")
         return answer
+
+    @property
+    def _acting(self) -> Principal:
+        return acting_principal() or self._principal
 
     @property
     def services(self) -> Services:
@@ -128,6 +135,7 @@ class Dispatcher:
 
     def _run(self, operation: Operation, request: Any) -> Any:
         try:
+            authorise(self._services, self._acting, operation, request)
             answer = _HANDLERS[operation.name](self._services, request)
         except MillraceError as error:
             self._audit(operation, request, error.code)
@@ -156,7 +164,7 @@ class Dispatcher:
         if outcome != "ok" and not self._services.is_used:
             return  # a refusal does not make a home where there was none
         event = Event(
-            at=self._services.clock.now(), actor=self._principal, verb=operation.name, subject=subject,
+            at=self._services.clock.now(), actor=self._acting.id, verb=operation.name, subject=subject,
             detail={"outcome": outcome, "request": msgspec.to_builtins(detail)},
         )  # fmt: skip
         with self._services.records.transaction() as transaction:

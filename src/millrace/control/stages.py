@@ -12,4 +12,5 @@ REGISTER = StageDescriptor(
     inputs=("data.dataset", "export.onnx", "evaluate.predictions", "compress.variants", "compress.measurements"),
     outputs=("bundle", "measurements", "card", "signature"),
     extras=(("scipy", "data"),),
+    stays_home=True,
 )

@@ -11,6 +11,8 @@ from millrace.control.services import Services
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ids import canonical_json
 from millrace.core.operations import blobs as ops
+from millrace.core.ports import Blobs
+from millrace.core.project_files import project_files
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact, TreeEntry
 
 CHUNK_BYTES = 1 << 20
@@ -54,6 +56,16 @@ def put_tree(services: Services, body: ops.TreePut) -> Artifact:
 def get_tree(services: Services, body: ops.BlobGet) -> list[TreeEntry]:
     """A listing."""
     return services.blobs.tree(body.digest)
+
+
+def store_project(blobs: Blobs, folder: Path) -> Artifact:
+    """What a run may need of a spec's folder, as a tree."""
+    entries = []
+    for path in project_files(folder):
+        stored = blobs.put(path)
+        place = path.relative_to(folder).as_posix()
+        entries.append(TreeEntry(path=place, digest=stored.digest, size_bytes=stored.size_bytes))
+    return blobs.put(canonical_json(sorted(entries, key=lambda entry: entry.path)), TREE_MEDIA_TYPE)
 
 
 def local_path(services: Services, text: str) -> Path:

@@ -80,6 +80,13 @@ class ConflictError(MillraceError):
     default_hint = "read the record again and repeat the change"
 
 
+class UnauthenticatedError(MillraceError):
+    """The server wants to know who is asking, and was not told, or not by a valid token."""
+
+    code = "auth.required"
+    default_hint = "set MILLRACE_TOKEN to a token of that server (`millrace tokens create NAME` makes one there)"
+
+
 class DeniedError(MillraceError):
     """The principal may not do this."""
 

@@ -190,6 +190,26 @@ class Blobs(Protocol):
         ...
 
 
+class StepBlobs(Protocol):
+    """What a step needs of the blobs, wherever it runs. Thread-safe."""
+
+    def path(self, digest: str) -> Path:
+        """A read-only local file with these bytes, verified."""
+        ...
+
+    def put(self, source: BinaryIO | bytes | Path, media_type: str = "application/octet-stream") -> Artifact:
+        """Store bytes, a stream or a file; equal bytes are stored once."""
+        ...
+
+    def put_tree(self, folder: Path) -> Artifact:
+        """Store every regular file below `folder` and the listing; the artifact of the listing."""
+        ...
+
+    def materialize(self, digest: str, folder: Path) -> Path:
+        """Write a tree's files read-only into a new `folder`."""
+        ...
+
+
 # --------------------------------------------------------------------------- compute
 
 
@@ -255,6 +275,12 @@ class WorkResult(Struct, frozen=True, kw_only=True, tag="result"):
 Frame = ProgressFrame | MetricsFrame | OutputFrame | HeartbeatFrame | WorkResult
 
 
+class LogFrame(Struct, frozen=True, kw_only=True, tag="log"):
+    """What a step of another machine has printed."""
+
+    data: bytes
+
+
 class Capacity(Struct, frozen=True, kw_only=True):
     """What a compute has."""
 
@@ -317,6 +343,7 @@ class StageDescriptor(Struct, frozen=True, kw_only=True):
     timed: bool = False  # times or quantises: CPU flags enter the cache key
     uses_code: bool = False  # user code (model.py and its local imports) enters the cache key
     uses_source: bool = False  # the digests of the data files enter the cache key
+    stays_home: bool = False  # needs the home's keys or its server: never sent to a worker of another machine
 
 
 @runtime_checkable

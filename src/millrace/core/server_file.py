@@ -10,6 +10,7 @@ import msgspec
 from millrace.core.types import Struct
 
 NAME = "server.json"
+TOKEN_NAME = "local.token"  # for commands in the home's folder: who can read it could read the records as well
 
 
 class ServerFile(Struct, frozen=True, kw_only=True):
@@ -21,6 +22,7 @@ class ServerFile(Struct, frozen=True, kw_only=True):
     process_started: str
     version: str
     started_at: float
+    ca_file: str = ""  # of a server with a certificate of its own: the certificate
 
 
 def write(home: Path, server: ServerFile) -> None:

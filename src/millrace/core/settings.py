@@ -33,6 +33,13 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="home", type=str, default="", summary="Folder of the home; default: .millrace beside the spec."),
     Setting(name="url", type=str, default="", summary="A running server to talk to; default: the one in server.json."),
+    Setting(name="ca_file", type=str, default="", summary="Certificates (PEM) to trust when talking to that server."),
+    Setting(
+        name="compute",
+        type=str,
+        default="local",
+        summary="Where training steps run: local, or workers (`millrace worker` on other machines).",
+    ),
     Setting(name="records_url", type=str, default="", summary="postgresql://… for the records; default: in the home."),
     Setting(name="blobs_url", type=str, default="", summary="s3://…, gs://… or az://… for blobs; default: the home."),
     Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),

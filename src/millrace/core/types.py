@@ -269,6 +269,48 @@ class TrustedKey(Record, frozen=True, kw_only=True):
     home: str = ""
 
 
+class Token(Record, frozen=True, kw_only=True):
+    """What a client proves itself with. `id` is the SHA-256 of the secret, which is kept nowhere."""
+
+    kind: ClassVar[str] = "token"
+    name: str
+    prefix: str  # the first characters of the secret, so that its owner knows it again
+    scopes: tuple[str, ...]
+    work_id: str | None = None  # it is good for this work alone
+    created_by: str = ""
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    last_used_at: float | None = None  # to the minute
+
+
+class WorkItem(Record, frozen=True, kw_only=True):
+    """A work for whoever asks for one: written by a run's driver, claimed by a worker of another machine.
+
+    `attempt` fences: what an earlier claimant says counts no more.
+    """
+
+    kind: ClassVar[str] = "work_item"
+    run_id: str
+    name: str
+    work: dict[str, Any]
+    project_tree: Artifact | None = None  # the folder of the spec
+    state: Literal["queued", "claimed", "ended"] = "queued"
+    attempt: int = 0
+    worker: str = ""
+    seen_at: float = 0.0  # when its worker was last heard
+    received: int = 0  # frames that are stored
+    cancel: Literal["", "ask", "now"] = ""
+
+
+class WorkFrame(Record, frozen=True, kw_only=True):
+    """Frames of a work on their way to its driver; `number` orders them."""
+
+    kind: ClassVar[str] = "work_frame"
+    work_id: str
+    number: int
+    frames: list[dict[str, Any]]
+
+
 RECORD_TYPES: dict[str, type[Record]] = {
     record.kind: record
     for record in (
@@ -286,5 +328,8 @@ RECORD_TYPES: dict[str, type[Record]] = {
         Alert,
         Lease,
         TrustedKey,
+        Token,
+        WorkItem,
+        WorkFrame,
     )
 }

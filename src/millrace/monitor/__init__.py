@@ -8,4 +8,5 @@ MONITOR = StageDescriptor(
     version="2",
     sections=("monitor",),
     inputs=("register.bundle", "serve.telemetry"),
+    stays_home=True,
 )

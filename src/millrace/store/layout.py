@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millrace.core.types import RECORD_TYPES
 
-HEAD = "0003"  # the newest revision under migrations/versions; a test compares
+HEAD = "0004"  # the newest revision under migrations/versions; a test compares
 
 
 class Column(NamedTuple):
@@ -72,5 +72,8 @@ TABLES: dict[str, TableLayout] = {
     ),
     "lease": TableLayout("leases", (), ()),
     "trusted_key": TableLayout("trusted_keys", (), ()),
+    "token": TableLayout("tokens", (_NAME, Column("work_id", nullable=True)), (("work_id",),)),
+    "work_item": TableLayout("work_items", (Column("run_id"), _STATE), (("state", "created_at"), ("run_id",))),
+    "work_frame": TableLayout("work_frames", (Column("work_id"), _NUMBER), (("work_id", "number"),)),
 }
 assert set(TABLES) == set(RECORD_TYPES)

@@ -24,6 +24,7 @@ class RunningServer:
         workers: API processes.
         environment: Further variables.
         arguments: Further arguments of `millrace up`.
+        prefix: What runs the command, for example in a network namespace.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class RunningServer:
         workers: int = 1,
         environment: dict[str, str] | None = None,
         arguments: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.home = home
         self.url = ""
-        self._command = [sys.executable, "-m", "millrace", "--home", str(home), "up", "--port", "0"]
+        self._command = [*prefix, sys.executable, "-m", "millrace", "--home", str(home), "up", "--port", "0"]
         self._command += ["--workers", str(workers), *arguments]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None

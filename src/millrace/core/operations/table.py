@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from millrace.core.operations import Operation, blobs, following, imports, live, projects, registry, runs
+from millrace.core.operations import Operation, blobs, following, imports, live, projects, registry, runs, works
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for module in (runs, projects, registry, live, following, blobs, imports)
+    for module in (runs, projects, registry, live, following, blobs, imports, works)
     for operation in module.OPERATIONS
 }

@@ -1,0 +1,127 @@
+"""Who may do what: asked in dispatch for every operation, whichever door it came through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import msgspec
+
+from millrace.control.services import Services
+from millrace.core.errors import DeniedError, UnauthenticatedError
+from millrace.core.operations import Operation
+from millrace.core.principals import PREFIX_CHARACTERS, Principal, token_id
+from millrace.core.types import TREE_MEDIA_TYPE, Token, WorkItem
+
+LAST_USED_EVERY_S = 60.0
+_ACTING: ContextVar[Principal | None] = ContextVar("millrace_principal", default=None)
+
+
+@contextmanager
+def acting_as(principal: Principal | None) -> Iterator[None]:
+    """Everything that is dispatched inside is asked by `principal`; None: by whoever runs this process."""
+    before = _ACTING.set(principal)
+    try:
+        yield
+    finally:
+        _ACTING.reset(before)
+
+
+def acting_principal() -> Principal | None:
+    """Who is asking, where a door has found out."""
+    return _ACTING.get()
+
+
+def authenticate(services: Services, secret: str) -> Principal:
+    """Who has this secret.
+
+    Raises:
+        UnauthenticatedError: It is unknown, expired or revoked.
+    """
+    now = services.clock.now()
+    # Looked up by its digest: how long that takes says nothing about any secret.
+    token = services.records.get(Token, token_id(secret))
+    if token is None:
+        raise UnauthenticatedError("this token is not known here")
+    if token.revoked_at is not None:
+        raise UnauthenticatedError(f"the token {token.name!r} ({token.prefix}…) is revoked")
+    if token.expires_at is not None and token.expires_at <= now:
+        raise UnauthenticatedError(f"the token {token.name!r} ({token.prefix}…) has expired")
+    if token.work_id is None and now - (token.last_used_at or 0.0) > LAST_USED_EVERY_S:
+        with services.records.transaction() as transaction:
+            stored = transaction.get(Token, token.id)
+            if stored is not None:
+                transaction.put(msgspec.structs.replace(stored, last_used_at=now), stored.version)
+    return Principal(id=f"token:{token.name}", scopes=token.scopes, work_id=token.work_id)
+
+
+def authorise(services: Services, principal: Principal, operation: Operation, request: Any) -> None:
+    """Let pass, or refuse.
+
+    Args:
+        services: The home.
+        principal: Who is asking.
+        operation: The verb.
+        request: Its request; None where a foreign protocol amounts to it.
+
+    Raises:
+        DeniedError: No scope allows the operation, or not on this thing.
+    """
+    if not principal.may(operation.name):
+        raise DeniedError(
+            f"{principal.id} may not {operation.name}: its scopes are {', '.join(principal.scopes)}",
+            hint="use a token with the scope that allows it",
+        )
+    if principal.work_id is not None:
+        _authorise_work(services, principal.work_id, operation, request)
+
+
+def _authorise_work(services: Services, work_id: str, operation: Operation, request: Any) -> None:
+    """A worker's token sees the inputs of its work, and reports on it alone."""
+    item = services.records.get(WorkItem, work_id)
+    if item is None or item.state == "ended":
+        raise DeniedError(f"the work {work_id} has ended, and its token with it")
+    if operation.name == "work.report" and request.work != work_id:
+        raise DeniedError(f"this token is for the work {work_id}, not for {request.work[:64]!r}")
+    if operation.name in ("blob.get", "tree.get") and not _is_input(services, item, request.digest):
+        raise DeniedError(f"the work {work_id} has no input {request.digest[:80]!r}")
+
+
+def _is_input(services: Services, item: WorkItem, digest: str) -> bool:
+    given = list(item.work["inputs"].values())
+    if digest in (one["digest"] for one in given):
+        return True
+    trees = [one["digest"] for one in given if one["media_type"] == TREE_MEDIA_TYPE]
+    if item.project_tree is not None:
+        trees.append(item.project_tree.digest)
+    if digest in trees:
+        return True
+    return any(digest == entry.digest for tree in trees for entry in services.blobs.tree(tree))
+
+
+def bearer(header: str) -> str:
+    """The secret in an Authorization header.
+
+    Raises:
+        UnauthenticatedError: The header is not one.
+
+    Example:
+        >>> bearer("Bearer mr_abc")
+        'mr_abc'
+    """
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() != "bearer" or not value.strip().isascii():
+        raise UnauthenticatedError(f"want `Authorization: Bearer TOKEN`, got the scheme {scheme[:20]!r}")
+    return value.strip()
+
+
+def shown(secret: str) -> str:
+    """What of a secret may be shown.
+
+    Example:
+        >>> shown("mr_abcdefghij")
+        'mr_abcdef'
+    """
+    return secret[:PREFIX_CHARACTERS]
