@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import boto3
+import httpx
+import msgspec
 import pytest
 
 from millrace.client.http import HttpTransport
 from millrace.client.remote import RemoteTransport
-from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError
+from millrace.core.errors import ConflictError, CorruptError, InputError, MillraceError, NotFoundError
 from millrace.core.ports import Transport
 from millrace.core.types import MetricPoint
+from millrace.testing.moto_server import MotoServer
 from millrace.testing.server import RunningServer
 from millrace.wiring import open_transport
 
@@ -87,3 +93,56 @@ def test_what_was_written_is_an_event(transport: Transport) -> None:
             verbs.append(event.verb)
             break
     assert verbs == ["run.end"]
+
+
+class OutOfReach(RemoteTransport):
+    """A client whose network leads to the server and not to the object store."""
+
+    def call(self, operation: str, body: Any) -> Any:
+        answer = super().call(operation, body)
+        if operation == "blob.presign":
+            answer = msgspec.structs.replace(answer, url="http://127.0.0.1:9/blobs")
+        return answer
+
+
+def test_large_files_go_past_the_server_into_its_object_store(tmp_path: Path) -> None:
+    """By a presigned address; through the server where the store cannot be reached, or refuses."""
+    moto = MotoServer(tmp_path / "moto").start()
+    try:
+        secrets = {"aws_access_key_id": moto.access_key, "aws_secret_access_key": moto.secret_key}
+        boto3.client("s3", endpoint_url=moto.endpoint, region_name=moto.region, **secrets).create_bucket(Bucket="blobs")
+        environment = {
+            "MILLRACE_BLOBS_URL": "s3://blobs/home", "AWS_ENDPOINT_URL": moto.endpoint, "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": moto.region, "AWS_ACCESS_KEY_ID": moto.access_key, "AWS_SECRET_ACCESS_KEY": moto.secret_key,
+        }  # fmt: skip
+        with (
+            RunningServer(tmp_path / "home", environment=environment) as server,
+            closing(RemoteTransport(server.url)) as client,
+            closing(OutOfReach(server.url)) as confined,
+        ):
+            files = [tmp_path / f"weights{index}.bin" for index in range(2)]
+            for file in files:
+                file.write_bytes(os.urandom(17 << 20))
+
+            def passed() -> int:
+                text = httpx.get(f"{server.url}/metrics").text
+                counts = re.findall(r"requests_total{[^}]*blob.put[^}]*} ([0-9.]+)", text)
+                return int(sum(map(float, counts)))
+
+            stored = client.upload(files[0])
+            assert passed() == 0
+            client.download(stored.digest, tmp_path / "back")
+            assert (tmp_path / "back").read_bytes() == files[0].read_bytes()
+            with pytest.raises(NotFoundError):
+                client.call("blob.confirm", {"digest": "sha256:" + "1" * 64, "size_bytes": 3})
+            with pytest.raises(InputError):
+                client.call("blob.presign", {"digest": "../1", "size_bytes": 3})
+            place = client.call("blob.presign", {"digest": stored.digest, "size_bytes": 1})
+            httpx.put(place.url, content=b"other bytes", headers=place.headers)
+            with pytest.raises(CorruptError):
+                client.call("blob.confirm", {"digest": stored.digest, "size_bytes": 1})
+            client.download(stored.digest, tmp_path / "back")  # what was there is still what it was
+            assert confined.upload(files[1]).size_bytes == 17 << 20
+            assert passed() == 1
+    finally:
+        moto.stop()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import msgspec
 
 from millrace.client.http import MSGPACK, PREFIX, HttpTransport, error_of, reaching
@@ -20,6 +21,8 @@ from millrace.core.project_files import project_files
 from millrace.core.types import Artifact, ModelVersion, TreeEntry
 
 CHUNK_BYTES = 1 << 20
+PAST_SERVER_BYTES = 16 << 20  # smaller files are quicker through it
+UPLOAD_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
 class RemoteTransport(HttpTransport):
@@ -54,7 +57,11 @@ class RemoteTransport(HttpTransport):
 
     def upload(self, path: Path) -> Artifact:
         """Store a file on the server."""
-        digest = _digest_of(path)
+        digest, size = _digest_of(path), path.stat().st_size
+        if size >= PAST_SERVER_BYTES:
+            stored = self._upload_past_server(path, digest, size)
+            if stored is not None:
+                return stored
         with reaching(self.url), path.open("rb") as file:
             answer = self._http.post(
                 f"{PREFIX}/blobs", content=iter(lambda: file.read(CHUNK_BYTES), b""), headers={"Accept": MSGPACK}
@@ -65,6 +72,23 @@ class RemoteTransport(HttpTransport):
         if stored.digest != digest:
             raise CorruptError(f"{path} was changed while it was uploaded: {digest} became {stored.digest}")
         return stored
+
+    def _upload_past_server(self, path: Path, digest: str, size: int) -> Artifact | None:
+        """Straight into the object store, where the server's blobs are in one that this machine reaches."""
+        wanted = {"digest": digest, "size_bytes": size}
+        place = self.call("blob.presign", wanted)
+        if place is None:
+            return None
+        try:
+            with path.open("rb") as file, httpx.Client(timeout=UPLOAD_TIMEOUT, trust_env=False) as store:
+                # Nothing of this connection's own headers: they hold the token.
+                answer = store.request(
+                    place.method, place.url, content=iter(lambda: file.read(CHUNK_BYTES), b""),
+                    headers={**place.headers, "Content-Length": str(size)},
+                )  # fmt: skip
+        except httpx.TransportError:
+            return None  # a store that only the server reaches
+        return None if answer.is_error else self.call("blob.confirm", wanted)
 
     def upload_folder(self, folder: Path) -> Artifact:
         """Store a folder's files and their listing on the server."""

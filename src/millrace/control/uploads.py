@@ -14,9 +14,11 @@ from millrace.core.operations import blobs as ops
 from millrace.core.ports import Blobs
 from millrace.core.project_files import project_files
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact, TreeEntry
+from millrace.store.blob_abilities import MAX_PRESIGNED_BYTES, SupportsPresign
 
 CHUNK_BYTES = 1 << 20
 BLOB, TREE = "blob:", "tree:"
+PRESIGNED_S = 3600.0
 
 
 @handles(ops.PUT_BLOB)
@@ -38,6 +40,25 @@ def _parts(reader) -> Iterator[bytes]:  # type: ignore[no-untyped-def]
     with reader:
         while part := reader.read(CHUNK_BYTES):
             yield part
+
+
+@handles(ops.PRESIGN_BLOB)
+def presign_blob(services: Services, body: ops.PresignRequest) -> ops.PresignedUpload | None:
+    """Where a client may send the bytes by itself, if the store has such places."""
+    blobs = services.blobs
+    if not (isinstance(blobs, SupportsPresign) and blobs.can_presign) or body.size_bytes > MAX_PRESIGNED_BYTES:
+        return None
+    place = blobs.presign_put(body.digest, body.size_bytes, PRESIGNED_S)
+    return ops.PresignedUpload(method=place.method, url=place.url, headers=place.headers, expires_at=place.expires_at)
+
+
+@handles(ops.CONFIRM_BLOB)
+def confirm_blob(services: Services, body: ops.PresignRequest) -> Artifact:
+    """Read it back; the right bytes become a blob, others vanish."""
+    blobs = services.blobs
+    if not isinstance(blobs, SupportsPresign):
+        raise InputError("these blobs are not kept in an object store: nothing can have been sent to one")
+    return blobs.confirm(body.digest, body.size_bytes)
 
 
 @handles(ops.PUT_TREE)

@@ -15,7 +15,9 @@ SCOPES: dict[str, str] = {
     OWNER: "everything",
     WORKER: "ask for works, and do them",
 }
-WORK_OPERATIONS = frozenset({"work.report", "blob.get", "blob.put", "tree.get", "tree.put"})
+WORK_OPERATIONS = frozenset(
+    {"work.report", "blob.get", "blob.put", "blob.presign", "blob.confirm", "tree.get", "tree.put"}
+)
 OPERATIONS_OF: dict[str, frozenset[str]] = {WORKER: frozenset({"work.claim"}), WORK: WORK_OPERATIONS}
 
 

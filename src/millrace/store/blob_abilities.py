@@ -8,6 +8,8 @@ import msgspec
 
 from millrace.core.types import Artifact
 
+MAX_PRESIGNED_BYTES = 5 << 30  # S3's bound of one PUT and of one copy
+
 
 class PresignedUrl(msgspec.Struct, frozen=True, kw_only=True):
     """A request that anybody may make until it expires: a secret, not for logs."""
@@ -21,6 +23,11 @@ class PresignedUrl(msgspec.Struct, frozen=True, kw_only=True):
 @runtime_checkable
 class SupportsPresign(Protocol):
     """Blobs whose bytes may travel without passing through this process."""
+
+    @property
+    def can_presign(self) -> bool:
+        """Whether this store is one of them."""
+        ...
 
     def presign_put(self, digest: str, size: int, expires_s: float) -> PresignedUrl:
         """Where to send the bytes; they count only after `confirm`."""

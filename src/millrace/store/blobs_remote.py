@@ -18,14 +18,13 @@ from millrace.core.errors import CorruptError, InputError, NotFoundError, Unavai
 from millrace.core.ids import digest_bytes
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact, TreeEntry
 from millrace.store import trees
-from millrace.store.blob_abilities import PresignedUrl
+from millrace.store.blob_abilities import MAX_PRESIGNED_BYTES, PresignedUrl
 from millrace.store.blobs_cache import BlobCache, Pins
 from millrace.store.blobs_local import damaged, disk_errors
 from millrace.store.object_client import BUFFER_BYTES, ObjectClient
 from millrace.store.object_store import RemoteOptions
 from millrace.store.upload import Chained, ChangedError, expected_etag, parts_of
 
-MAX_PRESIGNED_BYTES = 5 << 30  # S3's bound of one PUT and of one copy
 _HEX = re.compile(r"sha256:([0-9a-f]{2})([0-9a-f]{62})")
 _KEY = re.compile(r"sha256/([0-9a-f]{2})/([0-9a-f]{62})")
 
@@ -224,6 +223,11 @@ class RemoteBlobs:
         self._objects.put(_mark(digest), b"")
 
     # ------------------------------------------------------------------ presigned
+
+    @property
+    def can_presign(self) -> bool:
+        """Whether this store signs URLs."""
+        return self._objects.can_sign
 
     def presign_put(self, digest: str, size: int, expires_s: float) -> PresignedUrl:
         """Where anybody may PUT the bytes of a blob; they count only after `confirm(digest, size)`.

@@ -131,6 +131,11 @@ class ObjectClient:
             while reader.readinto(buffer):
                 pass
 
+    @property
+    def can_sign(self) -> bool:
+        """Whether it is a store that others may be sent to."""
+        return self.url.startswith(("s3:", "gs:", "az:"))
+
     def sign(self, method: str, key: str, expires_s: float) -> PresignedUrl:
         """A URL for one request by somebody without credentials.
 
@@ -139,7 +144,7 @@ class ObjectClient:
         """
         if not 1 <= expires_s <= MAX_PRESIGNED_S:
             raise InputError(f"a presigned URL lives 1 to {MAX_PRESIGNED_S} seconds, got {expires_s}")
-        if not self.url.startswith(("s3:", "gs:", "az:")):
+        if not self.can_sign:
             raise InputError(f"{self.url} cannot sign URLs: only s3://, gs:// and az:// can")
         headers = {"Content-Type": "application/octet-stream"} if method == "PUT" else {}
         if headers and self.url.startswith("az:"):
