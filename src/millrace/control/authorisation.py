@@ -12,10 +12,11 @@ import msgspec
 from millrace.control.services import Services
 from millrace.core.errors import DeniedError, UnauthenticatedError
 from millrace.core.operations import Operation
-from millrace.core.principals import PREFIX_CHARACTERS, Principal, token_id
-from millrace.core.types import TREE_MEDIA_TYPE, Token, WorkItem
+from millrace.core.principals import PREFIX_CHARACTERS, Grant, Principal, RoleRule, token_id
+from millrace.core.types import TREE_MEDIA_TYPE, Role, Token, WorkItem
 
 LAST_USED_EVERY_S = 60.0
+_SCOPE: ContextVar[frozenset[str] | None] = ContextVar("millrace_scope", default=None)
 _ACTING: ContextVar[Principal | None] = ContextVar("millrace_principal", default=None)
 
 
@@ -27,6 +28,21 @@ def acting_as(principal: Principal | None) -> Iterator[None]:
         yield
     finally:
         _ACTING.reset(before)
+
+
+@contextmanager
+def working_in(where: frozenset[str]) -> Iterator[None]:
+    """An operation is done inside, in these projects."""
+    before = _SCOPE.set(where)
+    try:
+        yield
+    finally:
+        _SCOPE.reset(before)
+
+
+def work_scope() -> frozenset[str] | None:
+    """The projects of the operation that is being done; None outside of any."""
+    return _SCOPE.get()
 
 
 def acting_principal() -> Principal | None:
@@ -54,10 +70,19 @@ def authenticate(services: Services, secret: str) -> Principal:
             stored = transaction.get(Token, token.id)
             if stored is not None:
                 transaction.put(msgspec.structs.replace(stored, last_used_at=now), stored.version)
-    return Principal(id=f"token:{token.name}", scopes=token.scopes, work_id=token.work_id)
+    return Principal(
+        id=f"token:{token.name}", grants=tuple(Grant.parse(scope) for scope in token.scopes), work_id=token.work_id,
+        custom=custom_roles(services),
+    )  # fmt: skip
 
 
-def authorise(services: Services, principal: Principal, operation: Operation, request: Any) -> None:
+def custom_roles(services: Services) -> tuple[tuple[str, RoleRule], ...]:
+    """The roles that people have defined here."""
+    found = services.records.find(Role, order="id")
+    return tuple((role.id, RoleRule(description=role.description, allow=role.allow, deny=role.deny)) for role in found)
+
+
+def authorise(services: Services, principal: Principal, operation: Operation, request: Any) -> frozenset[str]:
     """Let pass, or refuse.
 
     Args:
@@ -66,16 +91,22 @@ def authorise(services: Services, principal: Principal, operation: Operation, re
         operation: The verb.
         request: Its request; None where a foreign protocol amounts to it.
 
+    Returns:
+        The projects in which it may be done; everything else is hidden from the handler.
+
     Raises:
-        DeniedError: No scope allows the operation, or not on this thing.
+        DeniedError: No role allows the operation anywhere, or not on this thing.
     """
-    if not principal.may(operation.name):
+    where = principal.where(operation.name, operation.is_write)
+    if not where:
+        roles = ", ".join(sorted({grant.role for grant in principal.within or principal.grants})) or "no role"
         raise DeniedError(
-            f"{principal.id} may not {operation.name}: its scopes are {', '.join(principal.scopes)}",
-            hint="use a token with the scope that allows it",
+            f"{principal.id} may not {operation.name} in any project, as {roles}",
+            hint="ask an owner for the role that allows it: `millrace users who-can OPERATION` shows who has it",
         )
     if principal.work_id is not None:
         _authorise_work(services, principal.work_id, operation, request)
+    return where
 
 
 def _authorise_work(services: Services, work_id: str, operation: Operation, request: Any) -> None:

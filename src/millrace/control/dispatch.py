@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millrace.control.authorisation import acting_principal, authorise
+from millrace.control.authorisation import acting_principal, authorise, work_scope, working_in
 from millrace.control.services import Services
 from millrace.core.errors import InputError, MillraceError, NotFoundError
 from millrace.core.operations import Operation
@@ -101,8 +101,9 @@ class Dispatcher:
         if chosen is None:
             raise NotFoundError(f"there is no operation {operation!r}")
         try:
-            authorise(self._services, self._acting, chosen, None)
-            answer = work(self._services)
+            where = authorise(self._services, self._acting, chosen, None)
+            with working_in(where):
+                answer = work(self._services.scoped(where))
         except MillraceError as error:
             self._record(chosen, subject, detail, error.code)
             raise
@@ -117,8 +118,9 @@ class Dispatcher:
 
     @property
     def services(self) -> Services:
-        """The home that operations work on."""
-        return self._services
+        """The home that operations work on; inside one, as little of it as it may see."""
+        where = work_scope()
+        return self._services if where is None else self._services.scoped(where)
 
     def close(self) -> None:
         """Seal what was appended and let go of the home."""
@@ -135,8 +137,9 @@ class Dispatcher:
 
     def _run(self, operation: Operation, request: Any) -> Any:
         try:
-            authorise(self._services, self._acting, operation, request)
-            answer = _HANDLERS[operation.name](self._services, request)
+            where = authorise(self._services, self._acting, operation, request)
+            with working_in(where):
+                answer = _HANDLERS[operation.name](self._services.scoped(where), request)
         except MillraceError as error:
             self._audit(operation, request, error.code)
             raise
@@ -155,7 +158,11 @@ class Dispatcher:
         return MillraceError(text, details={"log": str(path)})
 
     def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
-        self._record(operation, operation.subject(request), request, outcome)
+        detail = msgspec.to_builtins(request)
+        for name in operation.hidden_fields:
+            if detail.get(name) is not None:
+                detail[name] = "…"
+        self._record(operation, operation.subject(request), detail, outcome)
 
     def _record(self, operation: Operation, subject: str, detail: Any, outcome: str) -> None:
         """Writes and denials are events; reads are not."""

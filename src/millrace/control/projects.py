@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -142,10 +142,12 @@ class ProjectDirectory:
 
     Args:
         services: The home.
+        seen: What of it whoever is asking may see; all of it by default.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, seen: Callable[[], Services] | None = None) -> None:
         self._services = services
+        self._seen = seen or (lambda: services)
         self._by_key: dict[str, Project] = {}
         self._scanned = False
         self._lock = threading.Lock()
@@ -163,9 +165,10 @@ class ProjectDirectory:
         Raises:
             NotFoundError: There is none.
         """
-        project = self._services.records.get(Project, id)
-        if project is None and id == DEFAULT_ID:
-            return self._ensure(DEFAULT_KEY)
+        project = self._seen().records.get(Project, id)
+        if project is None and id == DEFAULT_ID and self._services.records.get(Project, id) is None:
+            self._ensure(DEFAULT_KEY)
+            project = self._seen().records.get(Project, id)
         if project is None:
             raise NotFoundError(f"there is no project with the id {id!r}", hint="`millrace projects` lists them")
         self._by_key.setdefault(project.project, project)
@@ -173,16 +176,16 @@ class ProjectDirectory:
 
     def named(self, name: str) -> Project | None:
         """The project with this name, deleted ones too."""
-        found = self._services.records.find(Project, {"name": name}, limit=1)
+        found = self._seen().records.find(Project, {"name": name}, limit=1)
         if not found:
             self.sight()
-            found = self._services.records.find(Project, {"name": name}, limit=1)
+            found = self._seen().records.find(Project, {"name": name}, limit=1)
         return found[0] if found else None
 
     def all(self) -> list[Project]:
         """Every project, deleted ones too, oldest first."""
         self.sight()
-        return self._services.records.find(Project)
+        return self._seen().records.find(Project)
 
     def sight(self) -> None:
         """Make the records of projects that runs carry and that have none yet (homes of before)."""

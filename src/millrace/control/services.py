@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, TypeVar
 
 from millrace.core.clock import Clock
 from millrace.core.ports import Blobs, Compute, Records, Signer, StageDescriptor
+from millrace.core.principals import EVERYWHERE
 from millrace.core.settings import Value
+from millrace.store.scoped import ScopedRecords
 
 T = TypeVar("T")
 
@@ -60,6 +63,15 @@ class Services:
         self._open_compute = open_compute
         self._made: dict[str, Any] = {}
         self._lock = threading.RLock()
+        self._where: frozenset[str] | None = None
+
+    def scoped(self, where: frozenset[str]) -> Services:
+        """The same home for somebody who may work in these projects only (see `Principal.where`)."""
+        if where == frozenset({EVERYWHERE}):
+            return self
+        narrowed = copy.copy(self)
+        narrowed._where = where
+        return narrowed
 
     def _get(self, name: str) -> Any:
         with self._lock:
@@ -71,7 +83,8 @@ class Services:
     @property
     def records(self) -> Records:
         """The records store."""
-        return self._get("records")
+        records = self._get("records")
+        return records if self._where is None else ScopedRecords(records, self._where)
 
     @property
     def blobs(self) -> Blobs:
@@ -103,7 +116,8 @@ class Services:
     def close(self) -> None:
         """Stop workers, seal events, flush records."""
         with self._lock:
-            made, self._made = self._made, {}
+            made = dict(self._made)
+            self._made.clear()
         if "compute" in made:
             made["compute"].close()
         if "records" in made:

@@ -18,7 +18,7 @@ from millrace.core.operations.live import NameRequest
 from millrace.core.ports import Transaction
 from millrace.core.principals import OWNER, check_scopes, new_secret, token_id
 from millrace.core.server_file import TOKEN_NAME
-from millrace.core.types import Event, Token
+from millrace.core.types import Event, Role, Token
 from millrace.core.units import parse_duration
 
 MAX_NAME = 100
@@ -42,9 +42,10 @@ def create_token(services: Services, body: ops.TokenCreate) -> ops.CreatedToken:
         if transaction.find(Token, {"name": body.name}):
             raise ConflictError(f"there is a token named {body.name!r}", hint="take another name")
         now = services.clock.now()
+        custom = [role.id for role in transaction.find(Role)]
         token = Token(
             id=token_id(secret), created_at=now, name=body.name, prefix=shown(secret),
-            scopes=check_scopes((body.scope,)), expires_at=None if lives_s is None else now + lives_s,
+            scopes=check_scopes(body.scope.split(","), custom), expires_at=None if lives_s is None else now + lives_s,
         )  # fmt: skip
         token = transaction.put(token, expect_version=0)
     return ops.CreatedToken(secret=secret, token=token)

@@ -1,45 +1,162 @@
-"""Who is asking, and what the scopes of a token allow."""
+"""Who is asking, and what roles allow: pure rules, asked in dispatch for every operation."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from millrace.core.errors import InputError
 from millrace.core.types import Struct
 
 TOKEN_PREFIX = "mr_"
 PREFIX_CHARACTERS = 9
+EVERYWHERE = "*"
 OWNER, WORKER, WORK = "owner", "worker", "work"
-SCOPES: dict[str, str] = {
-    OWNER: "everything",
-    WORKER: "ask for works, and do them",
-}
-WORK_OPERATIONS = frozenset(
-    {"work.report", "blob.get", "blob.put", "blob.presign", "blob.confirm", "tree.get", "tree.put"}
-)
-OPERATIONS_OF: dict[str, frozenset[str]] = {WORKER: frozenset({"work.claim"}), WORK: WORK_OPERATIONS}
+
+
+class RoleRule(Struct, frozen=True, kw_only=True):
+    """What a role allows: patterns of operations; `reads` adds every operation that changes nothing."""
+
+    description: str
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    reads: bool = False
+
+
+# Reads that show more than a project: of administration, or of paths and values of the machine.
+ADMIN = ("user.*", "role.*", "token.*", "quota.*", "approval_rule.*", "secret.*", "key.*", "audit.*", "system.*",
+         "work.*", "session.*")  # fmt: skip
+_WORKING = ("run.*", "project.create", "project.update", "blob.*", "tree.*", "dataset.*", "model.register",
+            "model.update", "version.update", "model.compress")  # fmt: skip
+_OPERATING = ("endpoint.*", "alert.*", "model.promote", "model.rollback", "approval.*")
+ROLES: dict[str, RoleRule] = {
+    OWNER: RoleRule(description="everything", allow=("*",)),
+    "maintainer": RoleRule(
+        description="everything in a project, and who has which role there; nothing of the home as a whole",
+        allow=("*",), deny=("system.migrate", "system.restore", "system.backup", "system.import_mlflow", "user.*",
+                        "key.*", "audit.*", "work.*", "session.*"),
+    ),
+    "developer": RoleRule(
+        description="runs, datasets, new model versions", allow=_WORKING, deny=ADMIN, reads=True
+    ),
+    "operator": RoleRule(
+        description="promotes, rolls back, deploys, answers alerts", allow=_OPERATING, deny=ADMIN, reads=True
+    ),
+    "annotator": RoleRule(
+        description="labels", allow=("label.*", "label_task.*", "dataset.list", "dataset.get"), deny=ADMIN
+    ),
+    "viewer": RoleRule(description="looks", deny=ADMIN, reads=True),
+    WORKER: RoleRule(description="asks for works, and does them", allow=("work.claim",)),
+    WORK: RoleRule(
+        description="one work: made by the server for the worker that takes it",
+        allow=("work.report", "blob.get", "blob.put", "blob.presign", "blob.confirm", "tree.get", "tree.put"),
+    ),
+}  # fmt: skip
+
+
+class Grant(Struct, frozen=True, kw_only=True):
+    """A role in a project, or everywhere."""
+
+    role: str
+    where: str = EVERYWHERE
+
+    @classmethod
+    def parse(cls, text: str) -> Grant:
+        """`role` or `role:project`.
+
+        Example:
+            >>> Grant.parse("viewer:digits")
+            Grant(role='viewer', where='digits')
+        """
+        role, _, where = text.partition(":")
+        return cls(role=role, where=where or EVERYWHERE)
 
 
 class Principal(Struct, frozen=True, kw_only=True):
     """Who is asking.
 
-    `id` is the actor of events; `work_id` narrows a worker's token to one work.
+    `id` is the actor of events. What it may is what its grants allow and, of a token that acts for somebody,
+    its `within` allow too. `custom` are the rules of roles that are not built in.
     """
 
     id: str
-    scopes: tuple[str, ...] = (OWNER,)
+    grants: tuple[Grant, ...] = (Grant(role=OWNER),)
+    within: tuple[Grant, ...] | None = None
+    custom: tuple[tuple[str, RoleRule], ...] = ()
     work_id: str | None = None
 
-    def may(self, operation: str) -> bool:
-        """Whether a scope allows an operation, whatever it is about.
+    def where(self, operation: str, is_write: bool) -> frozenset[str]:
+        """The projects in which it may do an operation; `*` among them stands for all but those with a `!`.
 
         Example:
-            >>> worker = Principal(id="token:w", scopes=("worker",))
-            >>> worker.may("work.claim"), worker.may("model.promote")
-            (True, False)
+            >>> ada = Principal(id="user:ada", grants=(Grant(role="viewer"), Grant(role="developer", where="digits")))
+            >>> sorted(ada.where("run.get", False)), sorted(ada.where("run.submit", True))
+            (['*', 'digits'], ['digits'])
         """
-        return any(scope == OWNER or operation in OPERATIONS_OF.get(scope, ()) for scope in self.scopes)
+        allowed = _where(self.grants, self.custom, operation, is_write)
+        if self.within is None:
+            return allowed
+        return both(allowed, _where(self.within, self.custom, operation, is_write))
+
+
+@lru_cache(maxsize=4096)
+def _where(
+    grants: tuple[Grant, ...], custom: tuple[tuple[str, RoleRule], ...], operation: str, is_write: bool
+) -> frozenset[str]:
+    rules = {**dict(custom), **ROLES}
+    allowed: set[str] = set()
+    denied: set[str] = set()
+    for grant in grants:
+        rule = rules.get(grant.role)
+        if rule is None:
+            continue  # the role was removed
+        if matches(rule.deny, operation):
+            # A built-in role only does not reach to what it leaves out; a custom one denies it, whatever allows it.
+            denied |= {grant.where} if grant.role not in ROLES else set()
+        elif matches(rule.allow, operation) or (rule.reads and not is_write):
+            allowed.add(grant.where)
+    if EVERYWHERE in denied:
+        return frozenset()
+    allowed -= denied
+    return frozenset(allowed | {f"!{project}" for project in denied} if EVERYWHERE in allowed else allowed)
+
+
+def matches(patterns: Iterable[str], operation: str) -> bool:
+    """Whether a pattern fits.
+
+    Example:
+        >>> matches(("run.*",), "run.get"), matches(("model.promote",), "model.get")
+        (True, False)
+    """
+    return any(fnmatchcase(operation, pattern) for pattern in patterns)
+
+
+def includes(where: frozenset[str], project: str) -> bool:
+    """Whether a project is among those that `Principal.where` has returned.
+
+    Example:
+        >>> includes(frozenset({"*", "!secret"}), "digits"), includes(frozenset({"*", "!secret"}), "secret")
+        (True, False)
+    """
+    return project in where or (EVERYWHERE in where and f"!{project}" not in where)
+
+
+def both(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
+    """The projects that are in both.
+
+    Example:
+        >>> sorted(both(frozenset({"*"}), frozenset({"a", "b"})))
+        ['a', 'b']
+    """
+    named = {name for name in left | right if name[0] not in "*!"}
+    found = {name for name in named if includes(left, name) and includes(right, name)}
+    if EVERYWHERE in left and EVERYWHERE in right:
+        out = {name for name in left | right if name.startswith("!")}
+        return frozenset({EVERYWHERE, *out, *found})
+    return frozenset(found)
 
 
 def new_secret() -> str:
@@ -57,18 +174,21 @@ def token_id(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def check_scopes(scopes: tuple[str, ...]) -> tuple[str, ...]:
-    """The scopes, once each, in order.
+def check_scopes(scopes: Iterable[str], custom: Iterable[str] = ()) -> tuple[str, ...]:
+    """Scopes, once each, in order: each a role, or `role:project`.
 
     Raises:
-        InputError: One is unknown, or there is none.
+        InputError: One names an unknown role, or there is none.
 
     Example:
-        >>> check_scopes(("worker", "worker"))
+        >>> check_scopes(["worker", "worker"])
         ('worker',)
     """
-    unknown = [scope for scope in scopes if scope not in SCOPES]
-    if unknown or not scopes:
-        known = ", ".join(f"{name} ({what})" for name, what in SCOPES.items())
-        raise InputError(f"a token wants one of the scopes {known}; got {', '.join(unknown) or 'none'}")
-    return tuple(sorted(set(scopes)))
+    given = sorted(set(scopes))
+    known = {*ROLES, *custom} - {WORK}
+    unknown = [scope for scope in given if Grant.parse(scope).role not in known]
+    if unknown or not given:
+        raise InputError(
+            f"a scope is a role, or role:project, of {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}"
+        )
+    return tuple(given)

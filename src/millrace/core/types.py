@@ -267,17 +267,23 @@ class TrustedKey(Record, frozen=True, kw_only=True):
     kind: ClassVar[str] = "trusted_key"
     pem: str
     home: str = ""
+    not_before: float | None = None
+    not_after: float | None = None
+    revoked_at: float | None = None  # what it has signed counts no more
 
 
 class Token(Record, frozen=True, kw_only=True):
-    """What a client proves itself with. `id` is the SHA-256 of the secret, which is kept nowhere."""
+    """What a client proves itself with. `id` is the SHA-256 of the secret, which is kept nowhere.
+
+    It acts for `user_name`, within its scopes: names of roles, each alone (everywhere) or as `role:project`.
+    """
 
     kind: ClassVar[str] = "token"
     name: str
     prefix: str  # the first characters of the secret, so that its owner knows it again
     scopes: tuple[str, ...]
+    user_name: str = ""  # "" is a token of nobody's: its scopes are all that it may
     work_id: str | None = None  # it is good for this work alone
-    created_by: str = ""
     expires_at: float | None = None
     revoked_at: float | None = None
     last_used_at: float | None = None  # to the minute
@@ -311,6 +317,112 @@ class WorkFrame(Record, frozen=True, kw_only=True):
     frames: list[dict[str, Any]]
 
 
+class User(Record, frozen=True, kw_only=True):
+    """Somebody, or a service account. `id` is the name; events know it as `user:NAME`."""
+
+    kind: ClassVar[str] = "user"
+    name: str
+    password: str = ""  # argon2id in its PHC form; "" has none: signs in elsewhere, or is a service account
+    email: str = ""
+    is_service: bool = False
+    groups: tuple[str, ...] = ()  # of the identity provider, at the last sign-in
+    external: str = ""  # `issuer|subject` of the identity provider
+    totp: str = ""  # secret of the second factor, base32; "" has none
+    totp_step: int = 0  # of the last code used: none is good twice
+    failures: int = 0  # wrong passwords since the last right one
+    not_before: float = 0.0  # no password is looked at before
+    disabled_at: float | None = None
+
+
+class Session(Record, frozen=True, kw_only=True):
+    """A browser that has signed in. `id` is the SHA-256 of its cookie."""
+
+    kind: ClassVar[str] = "session"
+    user_name: str
+    csrf: str
+    used_at: float
+    expires_at: float
+
+
+class Role(Record, frozen=True, kw_only=True):
+    """A custom role; `id` is the name. Patterns of operations, such as `model.*`; what is denied is denied."""
+
+    kind: ClassVar[str] = "role"
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    description: str = ""
+
+
+class RoleBinding(Record, frozen=True, kw_only=True):
+    """Who has a role where. `principal` is `user:NAME` or `group:NAME`; `where` a project, or `*`."""
+
+    kind: ClassVar[str] = "role_binding"
+    principal: str
+    role: str
+    where: str = "*"
+
+
+class Quota(Record, frozen=True, kw_only=True):
+    """What a project may use; `id` is the project, absent bounds do not bind."""
+
+    kind: ClassVar[str] = "quota"
+    storage_bytes: int | None = None
+    runs: int | None = None  # at once
+    requests_per_s: float | None = None
+
+
+class ApprovalRule(Record, frozen=True, kw_only=True):
+    """Promotions of a project's models to an alias want so many other people. `id` is `project/alias`."""
+
+    kind: ClassVar[str] = "approval_rule"
+    alias: str
+    needed: int = 1
+
+
+class Approval(Record, frozen=True, kw_only=True):
+    """A promotion that waits, or has been decided."""
+
+    kind: ClassVar[str] = "approval"
+    model: str
+    alias: str
+    number: int
+    asked_by: str
+    approved_by: tuple[str, ...] = ()
+    state: Literal["waiting", "approved", "refused", "used"] = "waiting"
+    reason: str = ""
+
+
+class Secret(Record, frozen=True, kw_only=True):
+    """A value that only steps see which ask for it. `id` is `project/name`; `sealed` is its ciphertext, base64."""
+
+    kind: ClassVar[str] = "secret"
+    name: str
+    sealed: str
+    number: int = 1  # goes up with every change
+    changed_at: float = 0.0
+
+
+class DataKey(Record, frozen=True, kw_only=True):
+    """How a blob is encrypted. `id` is the digest of its plain bytes."""
+
+    kind: ClassVar[str] = "data_key"
+    stored: str  # digest of the ciphertext; the blob below
+    wrapped: str  # the data key, wrapped by the key `kek`, base64; "" was erased
+    kek: str
+    size_bytes: int
+    data_subject: str = ""  # whose data it is: erased together
+
+
+class AuditHead(Record, frozen=True, kw_only=True):
+    """A signed head of the Merkle tree over the sealed events (RFC 6962). `id` is the size with leading zeros."""
+
+    kind: ClassVar[str] = "audit_head"
+    size: int
+    root: str
+    chain: str  # of the event numbered `size`
+    signature: str  # a signature document over the head, as text
+
+
 RECORD_TYPES: dict[str, type[Record]] = {
     record.kind: record
     for record in (
@@ -331,5 +443,15 @@ RECORD_TYPES: dict[str, type[Record]] = {
         Token,
         WorkItem,
         WorkFrame,
+        User,
+        Session,
+        Role,
+        RoleBinding,
+        Quota,
+        ApprovalRule,
+        Approval,
+        Secret,
+        DataKey,
+        AuditHead,
     )
 }

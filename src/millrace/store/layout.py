@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millrace.core.types import RECORD_TYPES
 
-HEAD = "0004"  # the newest revision under migrations/versions; a test compares
+HEAD = "0005"  # the newest revision under migrations/versions; a test compares
 
 
 class Column(NamedTuple):
@@ -75,5 +75,21 @@ TABLES: dict[str, TableLayout] = {
     "token": TableLayout("tokens", (_NAME, Column("work_id", nullable=True)), (("work_id",),)),
     "work_item": TableLayout("work_items", (Column("run_id"), _STATE), (("state", "created_at"), ("run_id",))),
     "work_frame": TableLayout("work_frames", (Column("work_id"), _NUMBER), (("work_id", "number"),)),
+    "user": TableLayout("users", (_NAME, Column("external")), (("external",),)),
+    "session": TableLayout(
+        "sessions", (Column("user_name"), Column("expires_at", "real")), (("user_name",), ("expires_at",))
+    ),
+    "role": TableLayout("roles", (), ()),
+    "role_binding": TableLayout("role_bindings", (Column("principal"), Column("role")), (("principal",),)),
+    "quota": TableLayout("quotas", (), ()),
+    "approval_rule": TableLayout("approval_rules", (), ()),
+    "approval": TableLayout("approvals", (Column("model"), _STATE), (("state", "created_at"), ("model",))),
+    "secret": TableLayout("secrets", (_NAME,), (("project", "name"),)),
+    "data_key": TableLayout(
+        "data_keys",
+        (Column("stored"), Column("kek"), Column("data_subject")),
+        (("stored",), ("kek",), ("data_subject",)),
+    ),
+    "audit_head": TableLayout("audit_heads", (Column("size", "integer"),), (("size",),)),
 }
 assert set(TABLES) == set(RECORD_TYPES)

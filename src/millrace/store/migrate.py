@@ -54,7 +54,7 @@ def create(target: Target) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     create(Path(folder) / "records.db")
         ...     current(Path(folder) / "records.db")
-        '0004'
+        '0005'
     """
 
     def work(connection: Connection) -> None:

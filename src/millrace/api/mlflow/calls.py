@@ -38,7 +38,7 @@ class Tracking:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
-        self.projects = ProjectDirectory(dispatcher.services)
+        self.projects = ProjectDirectory(dispatcher.services, lambda: dispatcher.services)
         self.models = ModelDirectory(dispatcher.services)
 
     @property

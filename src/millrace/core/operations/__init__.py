@@ -43,6 +43,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     is_raw: bool = False
     cursor_field: str | None = None
     resume_field: str | None = None
+    hidden_fields: tuple[str, ...] = ()  # of the request: secrets, which no event may hold
     example: dict[str, Any] = {}
 
     def subject(self, body: Any) -> str:

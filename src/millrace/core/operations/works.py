@@ -49,7 +49,11 @@ class ReportAnswer(Struct, frozen=True, kw_only=True):
 
 
 class TokenCreate(Request, frozen=True, kw_only=True):
-    """A token for a client. `scope`: `worker` or `owner`; `expires`: a duration such as 30d, by default never."""
+    """A token for a client.
+
+    `scope`: roles, each alone or as `role:project`, with commas between. `expires`: a duration such as 720h; by
+    default never.
+    """
 
     name: str
     scope: str = "worker"
