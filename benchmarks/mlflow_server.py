@@ -199,7 +199,7 @@ def searches(client: Client, bulk: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mlflow", help="an interpreter with mlflow installed")
+    parser.add_argument("--mlflow", default=os.environ.get("MILLRACE_MLFLOW_PYTHON"), help="a Python with mlflow")
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--bulk", type=int, default=20)
     arguments = parser.parse_args()

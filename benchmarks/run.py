@@ -27,6 +27,7 @@ SECTIONS = {
     "serving_digits": "Inference, the digits model",
     "drift": "Drift profile",
     "compress": "Compression",
+    "mlflow_server": "MLflow's protocol, beside MLflow's own server",
     "pages": "The web pages",
     "install_size": "Installation",
     "server_start": "What a server costs to start",

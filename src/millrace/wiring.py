@@ -37,6 +37,7 @@ HANDLER_MODULES = (
     "millrace.control.deployments",
     "millrace.control.system",
     "millrace.control.migration",
+    "millrace.control.backup",
     "millrace.control.garbage",
     "millrace.control.following",
     "millrace.control.uploads",
@@ -46,6 +47,8 @@ HANDLER_MODULES = (
     "millrace.control.mlflow_import.verbs",
     "millrace.control.tokens",
     "millrace.control.works",
+    "millrace.control.approvals",
+    "millrace.control.quotas",
 )
 
 
@@ -76,6 +79,7 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
         return extras.load("millrace.security.signing:HomeSigner")(folder, find)
 
     def open_records() -> Records:
+        extras.load("millrace.store.backup_marker:refuse_unfinished")(folder)
         records = open_records_at(records_url)
         if records_url:  # other homes may work on them, and are to trust what this one signs
             own = extras.load("millrace.security.signing:HomeSigner")(folder)

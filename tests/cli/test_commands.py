@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import TensorProto, helper
 
 from millrace.__main__ import open_transport
 from millrace.cli.main import EXIT_CODE_HELP, cli
@@ -43,7 +45,10 @@ NOUNS = {
     "endpoints": {"list", "show", "delete"},
     "alerts": {"list", "show", "resolve"},
     "tokens": {"list", "create", "revoke"},
-    "system": {"gc", "du", "migrate"},
+    "approvals": {"list", "approve", "refuse"},
+    "approval-rules": {"list", "set", "delete"},
+    "quotas": {"list", "set"},
+    "system": {"gc", "du", "migrate", "backup", "backups", "verify", "restore", "drill", "prune"},
 }
 
 
@@ -135,3 +140,22 @@ def test_the_shell_completes() -> None:
     done = subprocess.run([sys.executable, "-m", "millrace"], env=words, capture_output=True, text=True, check=False)
     assert "models" in done.stdout
     assert "runs" not in done.stdout
+
+
+def test_deploying_without_a_server_says_so_at_once_and_keeps_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 2]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "negative", tensors[:1], tensors[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "negative.onnx")
+    assert invoke("models", "register", "negative.onnx", "--name", "negative")[0] == 0
+    monkeypatch.setattr("millrace.cli.server_verbs.time.sleep", lambda _: pytest.fail("it waits"))
+    code, _, said = invoke("deploy", "negative", "--endpoint", "n")
+    assert code == EXIT_CODES["unavailable"]
+    assert "no server is running" in said
+    assert "millrace up" in said
+    shown = json.loads(invoke("endpoints", "show", "n", "--json")[1])
+    assert (shown["state"], shown["model"], shown["is_managed"]) == ("stopped", "negative", True)
+    code, printed, _ = invoke("deploy", "negative", "--endpoint", "n", "--no-wait")
+    assert (code, printed) == (0, "n wanted: negative v1\n")

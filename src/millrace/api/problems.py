@@ -17,6 +17,7 @@ STATUSES: dict[str, int] = {
     "record.conflict": 409,
     "auth.required": 401,
     "auth.denied": 403,
+    "approval.needed": 403,
     "stage.failed": 422,
     "stage.timeout": 422,
     "stage.out_of_memory": 422,

@@ -62,7 +62,7 @@ def plural(noun: str) -> str:
         >>> plural("run"), plural("system")
         ('runs', 'system')
     """
-    return noun if noun == "system" else f"{noun}s"
+    return noun if noun == "system" else f"{noun.replace('_', '-')}s"
 
 
 def parameters(request: type[Any]) -> list[click.Parameter]:

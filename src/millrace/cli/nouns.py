@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from millrace.cli import backup_verbs
 from millrace.cli.derive import derive_command, json_option, plural, print_answer
 from millrace.cli.session import Session
+from millrace.core.errors import DeniedError
 from millrace.core.operations.table import OPERATIONS
 
 NOUNS: dict[str, tuple[str, ...]] = {
@@ -18,7 +20,11 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "endpoint": ("list", "get", "delete"),
     "alert": ("list", "get", "resolve"),
     "token": ("list", "create", "revoke"),
+    "approval": ("list", "approve", "refuse"),
+    "approval_rule": ("list", "set", "delete"),
+    "quota": ("list", "set"),
 }
+_TABLES = {"approval": "render_rows", "approval_rule": "render_rows", "quota": "render_rows"}
 _RENDERERS = {("token", "create"): "render_created_token"}
 _SUMMARIES = {
     "run": "Runs: what was executed, with every step.",
@@ -27,6 +33,9 @@ _SUMMARIES = {
     "model": "Model versions, aliases, promotion and roll-back.",
     "endpoint": "Served models.",
     "alert": "What needs a look.",
+    "approval": "Promotions that wait for a second person.",
+    "approval_rule": "Which promotions want a second person.",
+    "quota": "What projects may use.",
     "token": "Tokens: what clients and workers prove themselves with.",
 }
 
@@ -38,7 +47,7 @@ def groups() -> list[click.Group]:
 
 def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
     listing = OPERATIONS[f"{noun}.list"]
-    show = f"render_{plural(noun)}"
+    show = _TABLES.get(noun, f"render_{plural(noun)}")
 
     def callback(as_json: bool, limit: int) -> None:
         context = click.get_current_context()
@@ -60,15 +69,20 @@ def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
 
 def _print_list(session: Session, answer: list[Any], noun: str, show: str) -> None:
     if not answer and not session.as_json:
-        status = session.call("system.status")
-        click.echo(f"no {plural(noun)} in {status.home}")
+        try:
+            place = session.call("system.status").home
+        except DeniedError:  # who may look at a project need not know where the home is
+            place = "what you may see"
+        click.echo(f"no {plural(noun)} in {place}")
         return
     print_answer(session, answer, show)
 
 
 def _system() -> click.Group:
-    group = click.Group("system", help="The home: disk, garbage.\n\n\b\nExample:\n  millrace system du")
+    group = click.Group("system", help="The home: disk, garbage, backups.\n\n\b\nExample:\n  millrace system du")
     group.add_command(derive_command(OPERATIONS["system.gc"], "gc", "render_gc"))
     group.add_command(derive_command(OPERATIONS["system.du"], "du", "render_du"))
     group.add_command(derive_command(OPERATIONS["system.migrate"], "migrate"))
+    for command in backup_verbs.commands():
+        group.add_command(command)
     return group

@@ -15,6 +15,7 @@ from millrace.cli.lines import flat, step_line, variant_rows, verdict_line
 from millrace.cli.session import plain
 from millrace.core.units import format_duration, format_size
 
+_UNSHOWN = frozenset({"version"})
 _STYLES = {"succeeded": "green", "ready": "green", "failed": "red", "open": "red", "running": "cyan"}
 
 
@@ -165,6 +166,14 @@ def render_alert(alert: Any) -> None:
         print_table(["FEATURE", "SCORE", "THRESHOLD"], rows)
 
 
+def render_rows(values: list[Any]) -> None:
+    """Records as a table of their own fields."""
+    rows = [{key: value for key, value in plain(one).items() if key not in _UNSHOWN} for one in values]
+    header = list(rows[0]) if rows else []
+    cells = [[when(row[key]) if key == "created_at" else _cell(row[key]) for key in header] for row in rows]
+    print_table([name.replace("_", " ").upper() for name in header], cells)
+
+
 def render_tokens(tokens: list[Any]) -> None:
     """A table of tokens."""
     rows = [
@@ -208,6 +217,15 @@ def render_du(answer: Any) -> None:
     rows = [[name, format_size(size)] for name, size in answer.parts.items()]
     print_table(["PART", "SIZE"], [*rows, ["total", format_size(answer.total_bytes)]])
     console().print(answer.home)
+
+
+def render_backups(backups: list[Any]) -> None:
+    """Backups, newest first."""
+    rows = [
+        [one.id, when(one.created_at), one.rows, one.blobs, format_size(one.size_bytes), one.problem or "-"]
+        for one in backups
+    ]
+    print_table(["BACKUP", "MADE", "ROWS", "BLOBS", "SIZE", "PROBLEM"], rows)
 
 
 def render_plan(plan: Any) -> None:

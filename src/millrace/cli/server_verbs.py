@@ -79,15 +79,8 @@ def deploy(session: Session, model: str, wait: bool, as_json: bool, **options: A
     """
     session.as_json = as_json
     endpoint = session.call("endpoint.deploy", model=model, **options)
-    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
-    while wait and endpoint.state not in ("ready", "failed"):
-        if time.monotonic() > deadline:
-            raise UnavailableError(
-                f"{endpoint.name} is still {endpoint.state} after {DEPLOY_TIMEOUT_S:.0f} s",
-                hint="is a server running? `millrace up` starts one; it serves what is deployed",
-            )
-        time.sleep(0.1)
-        endpoint = session.call("endpoint.get", name=endpoint.name)
+    if wait:
+        endpoint = _wait_until_served(session, endpoint.name)
     if endpoint.state == "failed":
         raise StageError(f"{endpoint.name} is not served: {endpoint.text}")
     if as_json:
@@ -95,6 +88,27 @@ def deploy(session: Session, model: str, wait: bool, as_json: bool, **options: A
     else:
         where = f" at {endpoint.url}/v2/models/{endpoint.name}" if endpoint.url else ""
         click.echo(f"{endpoint.name} {endpoint.state}: {endpoint.model} v{endpoint.number}{where}")
+
+
+def _wait_until_served(session: Session, name: str) -> Any:
+    """The endpoint once it is ready or has failed."""
+    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+    patient = hasattr(session.transport, "url")  # a server has answered: it leads soon, if none leads now
+    while True:
+        endpoint = session.call("endpoint.get", name=name)
+        if endpoint.state in ("ready", "failed"):
+            return endpoint
+        if endpoint.state == "stopped" and not patient:
+            raise UnavailableError(
+                f"{name} is deployed, but nothing serves it: no server is running",
+                hint="start one with `millrace up`: it serves what is deployed; `--no-wait` only writes what is wanted",
+            )
+        if time.monotonic() > deadline:
+            raise UnavailableError(
+                f"{name} is still {endpoint.state} after {DEPLOY_TIMEOUT_S:.0f} s",
+                hint=f"`millrace endpoints show {name}` says why; the server's log says more",
+            )
+        time.sleep(0.1)
 
 
 @click.command(short_help="Do works of a server on this machine.")

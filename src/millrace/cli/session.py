@@ -26,6 +26,7 @@ EXIT_CODES: dict[str, int] = {
     "stage.out_of_memory": 5,
     "auth.required": 6,
     "auth.denied": 6,
+    "approval.needed": 6,
     "extra.missing": 7,
     "artifact.corrupt": 8,
     "artifact.untrusted": 8,

@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 
-from millrace.control.numbering import next_number
+from millrace.control.approvals import ask
+from millrace.control.moves import move_alias
+from millrace.control.numbering import next_number, project_of_model
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError
 from millrace.core.facts import RegisterFacts
@@ -102,24 +104,33 @@ def commit_model(services: Services, transaction: Transaction, run: Run, spec: S
     """The bundle is signed and becomes a version; the gate's verdict moves the alias."""
     facts = msgspec.convert(step.facts, RegisterFacts)
     bundle = step.outputs["bundle"]
+    owner = project_of_model(transaction, facts.model, run.project)
+    if owner != run.project:  # who may run in one project must not change what another one serves
+        raise ConflictError(
+            f"the model {facts.model!r} belongs to the project {owner!r}, this run to {run.project!r}",
+            hint="set register.model to a name of its own",
+        )
     versions = transaction.find(ModelVersion, {"name": facts.model})
     version = next((one for one in versions if one.bundle.digest == bundle.digest), None)
     verdict = facts.gate.verdict
     if version is None:
-        number = next_number(transaction, facts.model, services.clock.now())
+        number = next_number(transaction, facts.model, services.clock.now(), run.project)
         version = _new_version(services, run, step, facts, number)
         transaction.put(version, expect_version=0)
     elif verdict in ("promoted", "kept", "undecided"):
         verdict = "same"
     assert version.signature is not None
+    gate = msgspec.structs.replace(facts.gate, verdict=verdict)
     promoted = verdict in ("first", "promoted")
     if promoted:
-        move_alias(
-            transaction, facts.model, spec.register.alias, version.number, at=services.clock.now(),
-            reason=facts.gate.explanation or verdict,
-        )  # fmt: skip
+        alias, now, reason = spec.register.alias, services.clock.now(), gate.explanation or verdict
+        asked_by = run.created_by or f"run:{run.id}"
+        if ask(transaction, version, alias, asked_by=asked_by, reason=reason, now=now) is None:
+            move_alias(transaction, facts.model, alias, version.number, at=now, reason=reason)
+        else:
+            promoted = False
+            gate = msgspec.structs.replace(gate, verdict="waiting", explanation=f"{reason}; waits for approval")
     key_id = services.signer.verify(bundle.digest, services.blobs.read(version.signature.digest))
-    gate = msgspec.structs.replace(facts.gate, verdict=verdict)
     facts = msgspec.structs.replace(
         facts, gate=gate, bundle_digest=bundle.digest, number=version.number, alias=spec.register.alias,
         promoted=promoted, signed_by=key_id,
@@ -137,26 +148,6 @@ def _new_version(services: Services, run: Run, step: Step, facts: RegisterFacts,
         signature=signature, measurements=step.outputs.get("measurements"), card=step.outputs.get("card"),
         chosen_variant=facts.variant, run_id=run.id, facts=step.facts,
     )  # fmt: skip
-
-
-def move_alias(
-    transaction: Transaction, model: str, name: str, number: int, *, at: float, reason: str, expect: int | None = None
-) -> Alias:
-    """Point an alias at a version and remember where it was.
-
-    Raises:
-        ConflictError: Somebody moved it first (`expect` names the version it must be at).
-    """
-    alias = transaction.get(Alias, f"{model}/{name}")
-    before = alias.number if alias else None
-    entry = {"from": before, "to": number, "at": at, "reason": reason}
-    if alias is None:
-        alias = Alias(id=f"{model}/{name}", created_at=at, model=model, name=name, number=number, history=[entry])
-        return transaction.put(alias, expect_version=0)
-    if expect is not None and before != expect:
-        raise ConflictError(f"{model}@{name} is at version {before}, not {expect}")
-    moved = msgspec.structs.replace(alias, number=number, history=[*alias.history, entry])
-    return transaction.put(moved, expect_version=alias.version)
 
 
 def commit_endpoint(services: Services, transaction: Transaction, run: Run, spec: Spec, step: Step) -> Step:

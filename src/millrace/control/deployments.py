@@ -14,6 +14,7 @@ import msgspec
 from millrace.control.dispatch import handles
 from millrace.control.endpoints import sections_of
 from millrace.control.models import open_version, resolve_model
+from millrace.control.seen import seen
 from millrace.control.services import Services
 from millrace.control.watching import Watch
 from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError
@@ -56,14 +57,15 @@ def deploy_endpoint(services: Services, body: ops.DeployRequest) -> Endpoint:
     alias = ref.at if ref.number is None else None
     with services.records.transaction() as transaction:
         old = transaction.get(Endpoint, body.endpoint)
-        if old is not None and not old.is_managed and old.state == READY:
+        if old is not None and not old.is_managed and seen(services, old).state == READY:
             raise ConflictError(
                 f"the endpoint {body.endpoint!r} is served by process {old.pid}",
                 hint="stop that `millrace serve`, or choose another name",
             )
         return transaction.put(
             Endpoint(
-                id=body.endpoint, name=body.endpoint, created_at=old.created_at if old else 0.0, model=version.name,
+                id=body.endpoint, project=version.project, name=body.endpoint, model=version.name,
+                created_at=old.created_at if old else 0.0,
                 alias=alias or (None if ref.number is not None else "champion"), number=version.number,
                 variant=body.variant or "", state=WANTED, is_managed=True, is_isolated=body.isolate,
                 threads=body.threads, facts=old.facts if old else {}, url=old.url if old and old.is_managed else None,
@@ -78,7 +80,7 @@ def delete_endpoint(services: Services, body: ops.NameRequest) -> Endpoint:
         endpoint = transaction.get(Endpoint, body.name)
         if endpoint is None:
             raise NotFoundError(f"there is no endpoint {body.name!r} in {services.home}", hint="`millrace endpoints`")
-        if not endpoint.is_managed and endpoint.state == READY:
+        if not endpoint.is_managed and seen(services, endpoint).state == READY:
             raise ConflictError(f"the endpoint {body.name!r} is served by process {endpoint.pid}", hint="stop that one")
         transaction.delete(Endpoint, body.name)
     return endpoint

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from millrace.control.authorisation import acting_principal, authorise, work_scope, working_in
+from millrace.control.rates import Rates
 from millrace.control.services import Services
 from millrace.core.errors import InputError, MillraceError, NotFoundError
 from millrace.core.operations import Operation
@@ -59,6 +60,7 @@ class Dispatcher:
     def __init__(self, services: Services, principal: str | None = None) -> None:
         self._services = services
         self._principal = Principal(id=principal or local_principal())
+        self._rates = Rates()
 
     def call(self, operation: str, body: Mapping[str, Any], *, strict: bool = True) -> Any:
         """Run one operation. Without `strict`, numbers and booleans may be texts, as in a URL's query.
@@ -78,8 +80,8 @@ class Dispatcher:
     def _answers(self, chosen: Operation, answers: Iterable[Any]) -> Iterator[Any]:
         try:
             yield from answers
-        except MillraceError:
-            raise
+        except MillraceError as error:
+            raise self._told(error) from None
         except Exception as error:
             raise self._internal(chosen, error) from error
 
@@ -101,16 +103,32 @@ class Dispatcher:
         if chosen is None:
             raise NotFoundError(f"there is no operation {operation!r}")
         try:
-            where = authorise(self._services, self._acting, chosen, None)
+            where = self._admitted(chosen, None)
             with working_in(where):
                 answer = work(self._services.scoped(where))
         except MillraceError as error:
             self._record(chosen, subject, detail, error.code)
-            raise
+            raise self._told(error) from None
         except Exception as error:
             raise self._internal(chosen, error) from error
         self._record(chosen, subject, detail, "ok")
         return answer
+
+    def _told(self, error: MillraceError) -> MillraceError:
+        """The error as whoever asks may see it: somebody elsewhere learns no path of this machine."""
+        if acting_principal() is not None:
+            place = str(self._services.home)
+            error.message = error.message.replace(place, "this home")
+            error.hint = error.hint.replace(place, "this home")
+            error.details = {key: value for key, value in error.details.items() if place not in str(value)}
+        return error
+
+    def _admitted(self, operation: Operation, request: Any) -> frozenset[str]:
+        """Authorised, and within the rate of its project."""
+        where = authorise(self._services, self._acting, operation, request)
+        if acting_principal() is not None:
+            self._rates.admit(self._services, where)
+        return where
 
     @property
     def _acting(self) -> Principal:
@@ -137,12 +155,12 @@ class Dispatcher:
 
     def _run(self, operation: Operation, request: Any) -> Any:
         try:
-            where = authorise(self._services, self._acting, operation, request)
+            where = self._admitted(operation, request)
             with working_in(where):
                 answer = _HANDLERS[operation.name](self._services.scoped(where), request)
         except MillraceError as error:
             self._audit(operation, request, error.code)
-            raise
+            raise self._told(error) from None
         except Exception as error:
             raise self._internal(operation, error) from error
         self._audit(operation, request, "ok")
@@ -154,8 +172,10 @@ class Dispatcher:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{operation.name}\n{''.join(traceback.format_exception(error))}\n")
-        text = f"{operation.name} failed in a way that it should not: {type(error).__name__}: {error}"
-        return MillraceError(text, details={"log": str(path)})
+        text = f"{operation.name} failed in a way that it should not: {type(error).__name__}"
+        if acting_principal() is not None:
+            return MillraceError(text, hint="its owner finds the reason in the server's log")
+        return MillraceError(f"{text}: {error}", details={"log": str(path)})
 
     def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
         detail = msgspec.to_builtins(request)

@@ -20,7 +20,12 @@ log = logging.getLogger(__name__)
 
 def live_lease(services: Services, run: Run) -> Lease | None:
     """The lease of a living driver of this run, or None."""
-    lease = services.records.get(Lease, f"run/{run.id}")
+    return living_lease(services, f"run/{run.id}")
+
+
+def living_lease(services: Services, name: str) -> Lease | None:
+    """A lease whose holder lives, as far as this host can know; or None."""
+    lease = services.records.get(Lease, name)
     if lease is None or not lease.held or holder_is_dead(lease):
         return None
     # On this host a process that is not proven dead lives, even if it is suspended; elsewhere time decides.

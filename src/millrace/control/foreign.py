@@ -13,9 +13,11 @@ import onnx
 import polars as pl
 
 from millrace.compress.foreign import compress_model
-from millrace.control.commits import move_alias
+from millrace.control.approvals import ask, person
 from millrace.control.models import view_of
-from millrace.control.numbering import next_number
+from millrace.control.moves import move_alias
+from millrace.control.numbering import next_number, project_of_model
+from millrace.control.readable import check_path
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
 from millrace.core.errors import DataError, InputError, NotFoundError
@@ -186,20 +188,21 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
         versions = transaction.find(ModelVersion, {"name": name})
         version = next((one for one in versions if one.bundle.digest == bundle.digest), None)
         if version is None:
+            number = next_number(transaction, name, services.clock.now(), services.own_project)
             version = ModelVersion(
-                id=new_id(), created_at=services.clock.now(), name=name, bundle=bundle, signature=signed,
-                number=next_number(transaction, name, services.clock.now()), source="onnx",
+                id=new_id(), project=project_of_model(transaction, name), created_at=services.clock.now(), name=name,
+                bundle=bundle, signature=signed, number=number, source="onnx",
             )  # fmt: skip
             transaction.put(version, expect_version=0)
-            if body.alias:
-                move_alias(
-                    transaction, name, body.alias, version.number, at=services.clock.now(), reason="registered by hand"
-                )
+            now, reason = services.clock.now(), "registered by hand"
+            if body.alias and not ask(transaction, version, body.alias, asked_by=person(), reason=reason, now=now):
+                move_alias(transaction, name, body.alias, version.number, at=now, reason=reason)
     return view_of(services, version)
 
 
 def compress_foreign(services: Services, body: ops.CompressRequest) -> ops.CompressResponse:
     """Variants of a foreign file beside it, with their guarantee on the given rows."""
+    check_path(body.path)
     path = Path(body.path).absolute()
     session = check_onnx(path)
     rows, labels = read_table(Path(body.data), body.label)

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from millrace.control.drivers import Adopter
+from millrace.control.backup_schedule import ScheduledBackups
+from millrace.control.drivers import Adopter, living_lease
+from millrace.control.heads import HeadSigner
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, MillraceError
 from millrace.core.types import Lease
@@ -56,6 +58,8 @@ class Loop:
         self._reconcilers = reconcilers
         self._lease_ttl_s = lease_ttl_s
         self._adopter = Adopter(services)
+        self._backups = ScheduledBackups(services)
+        self._heads = HeadSigner(services)
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -82,7 +86,11 @@ class Loop:
             return
         log.info("this process leads (token %d)", lease.token)
         with LeaseKeeper(self._services.records, lease, self._services.clock, self._lease_ttl_s) as keeper:
-            self._lead(keeper)
+            try:
+                self._lead(keeper)
+            finally:
+                self._backups.close()
+                self._heads.close()
             if self._stop.is_set():  # before the lease is let go: nobody else begins until this has ended
                 for one in self._reconcilers:
                     one.close()
@@ -99,9 +107,10 @@ class Loop:
         """One round; a part that fails does not keep the others from their turn. False: another one leads."""
         parts: list[Callable[[], object]] = [lambda: self._refuse_replaced(lease)]
         parts.append(lambda: self._services.records.seal(fence=lease.token))
+        parts.append(lambda: self._heads(lease))
         parts += [lambda one=one: one(lease) for one in self._reconcilers]
         if ticks % ADOPT_EVERY == 0:
-            parts.append(self._adopter.adopt)
+            parts += [self._adopter.adopt, lambda: self._backups(lease)]
         for part in parts:
             try:
                 part()
@@ -119,6 +128,11 @@ class Loop:
         stored = self._services.records.get(Lease, LEADER)
         if stored is None or stored.token != lease.token or not stored.held:
             raise ConflictError(f"the lease {LEADER!r} with token {lease.token} is lost")
+
+
+def is_led(services: Services) -> bool:
+    """Whether a living server leads: only then what is deployed is served."""
+    return living_lease(services, LEADER) is not None
 
 
 def take_lead(services: Services, ttl_s: float = LEASE_TTL_S) -> Lease | None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 
-from millrace.control.commits import move_alias
+from millrace.control.approvals import promote
 from millrace.control.dispatch import handles
+from millrace.control.moves import move_alias
+from millrace.control.readable import check_path
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.errors import ConflictError, InputError, NotFoundError
@@ -93,11 +95,7 @@ def promote_model(services: Services, body: ops.PromoteRequest) -> Alias:
     """Move an alias by compare-and-set."""
     version = resolve_model(services, body.model)
     Ref.parse(f"{version.name}@{body.alias}", kind="model")
-    with services.records.transaction() as transaction:
-        return move_alias(
-            transaction, version.name, body.alias, version.number, at=services.clock.now(),
-            reason=body.reason or "promoted by hand", expect=body.expect,
-        )  # fmt: skip
+    return promote(services, version, body.alias, reason=body.reason or "promoted by hand", expect=body.expect)
 
 
 @handles(ops.ROLLBACK_MODEL)
@@ -156,6 +154,7 @@ def open_version(services: Services, version: ModelVersion) -> Path:
 @handles(ops.OPEN_MODEL)
 def open_model(services: Services, body: ops.ModelRequest) -> ops.OpenModelResponse:
     """A verified folder to run the model from."""
+    check_path("a folder of the server")
     version = resolve_model(services, body.model)
     folder = open_version(services, version)
     return ops.OpenModelResponse(
@@ -167,6 +166,7 @@ def open_model(services: Services, body: ops.ModelRequest) -> ops.OpenModelRespo
 @handles(ops.EXPORT_MODEL)
 def export_model(services: Services, body: ops.ExportRequest) -> ops.ExportResponse:
     """Copy the verified bundle with its card, signature and measurements into a folder."""
+    check_path(body.to)
     version = resolve_model(services, body.model)
     source = open_version(services, version)
     target = Path(body.to).absolute()

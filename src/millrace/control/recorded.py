@@ -9,6 +9,7 @@ import msgspec
 
 from millrace.control.dispatch import handles
 from millrace.control.projects import get_project
+from millrace.control.quotas import check_runs, check_storage
 from millrace.control.services import Services
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ids import digest_json, new_id
@@ -48,6 +49,7 @@ def begin_run(
     """
     with services.records.transaction() as transaction:
         project = _active_project(transaction, project_id)
+        check_runs(transaction, project.project)
         run = Run(
             id=new_id(), project=project.project, created_at=services.clock.now(), name=name, state="running",
             started_at=started_at, created_by=created_by, tags={"source": "mlflow"},
@@ -212,13 +214,22 @@ def keep_file(services: Services, file: ArtifactFile) -> ArtifactFile:
     Raises:
         InputError: A folder has that path, or a file stands where a folder must be.
     """
+    owner = services.records.get(Run, file.owner)
+    if owner is not None:
+        check_storage(services, owner.project, file.artifact.size_bytes)
     with services.records.transaction() as transaction:
         parts = file.path.split("/")
         for end in range(1, len(parts)):
             above = "/".join(parts[:end])
             if transaction.get(ArtifactFile, f"{file.owner}/{above}") is not None:
                 raise InputError(f"{above!r} is a file, it cannot hold {file.path!r}")
-        return transaction.put(file)
+        return transaction.put(msgspec.structs.replace(file, project=_owner_project(transaction, file)))
+
+
+def _owner_project(transaction: Transaction, file: ArtifactFile) -> str:
+    """The project of the run or logged model that a file belongs to."""
+    owner = transaction.get(Run, file.owner) or transaction.get(LoggedModel, file.owner)
+    return file.project if owner is None else owner.project
 
 
 def drop_files(services: Services, owner: str, path: str) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from millrace.control.commits import move_alias
+from millrace.control.approvals import check_removal, promote
 from millrace.control.dispatch import handles
-from millrace.control.numbering import model_of, next_number
+from millrace.control.numbering import model_of, next_number, project_of_model
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, NotFoundError
 from millrace.core.ids import canonical_json, new_id
@@ -46,7 +46,8 @@ def create_model(services: Services, name: str, description: str, tags: Mapping[
     with services.records.transaction() as transaction:
         _refuse_taken(transaction, name)
         model = Model(
-            id=name, created_at=now, updated_at=now, name=name, description=description, tags=dict(tags)
+            id=name, project=services.own_project, created_at=now, updated_at=now, name=name, description=description,
+            tags=dict(tags),
         )  # fmt: skip
         return transaction.put(model, expect_version=0)
 
@@ -139,7 +140,10 @@ def create_version(services: Services, version: ModelVersion) -> ModelVersion:
         if transaction.get(Model, version.name) is None:
             ensure_model(transaction, version.name, now)
         number = next_number(transaction, version.name, now)
-        own = msgspec.structs.replace(version, id=new_id(), number=number, created_at=now, updated_at=now)
+        project = project_of_model(transaction, version.name)
+        own = msgspec.structs.replace(
+            version, id=new_id(), project=project, number=number, created_at=now, updated_at=now
+        )
         return transaction.put(own, expect_version=0)
 
 
@@ -230,8 +234,8 @@ def set_alias(services: Services, name: str, alias: str, number: int, reason: st
         NotFoundError: There is no such version.
     """
     with services.records.transaction() as transaction:
-        get_version(transaction, name, number)
-        return move_alias(transaction, name, alias, number, at=services.clock.now(), reason=reason)
+        version = get_version(transaction, name, number)
+    return promote(services, version, alias, reason=reason)
 
 
 def drop_alias(services: Services, name: str, alias: str) -> bool:
@@ -241,7 +245,8 @@ def drop_alias(services: Services, name: str, alias: str) -> bool:
         NotFoundError: There is no such model.
     """
     with services.records.transaction() as transaction:
-        ensure_model(transaction, name, services.clock.now())
+        model = ensure_model(transaction, name, services.clock.now())
+        check_removal(transaction, model.project, alias)
         return transaction.delete(Alias, f"{name}/{alias}")
 
 

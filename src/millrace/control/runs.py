@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from millrace.control.approvals import person
 from millrace.control.dispatch import handles
 from millrace.control.drivers import live_lease, spawn_driver
 from millrace.control.driving import drive_or_follow, follow
@@ -22,6 +23,7 @@ from millrace.control.planning import (
     section_value,
 )
 from millrace.control.projects import ensure_project
+from millrace.control.quotas import check_runs, check_storage
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, NotFoundError
@@ -124,6 +126,7 @@ def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
     path = local_path(services, body.spec_path)
     spec, text = load_spec(path, body.overrides)
     check_before_work(spec, plan_steps(spec, services.stages), services.stages, path.parent)
+    check_storage(services, spec.project)
     with services.records.transaction() as transaction:
         open_runs = [
             run
@@ -144,9 +147,10 @@ def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
                 )  # fmt: skip
                 transaction.put(ended, expect_version=run.version)
         if submitted is None:
+            check_runs(transaction, spec.project)
             run = Run(
                 id=new_id(), project=spec.project, created_at=services.clock.now(), name=spec.project,
-                spec_path=str(path), spec_text=text, overrides=body.overrides,
+                spec_path=str(path), spec_text=text, overrides=body.overrides, created_by=person(),
             )  # fmt: skip
             ensure_project(transaction, run.project, services.clock.now())
             submitted = ops.Submitted(run=transaction.put(run, expect_version=0))

@@ -73,6 +73,17 @@ class Services:
         narrowed._where = where
         return narrowed
 
+    @property
+    def where(self) -> frozenset[str] | None:
+        """The projects that may be seen; None: all."""
+        return self._where
+
+    @property
+    def own_project(self) -> str:
+        """Where something new goes that names no project: `default`, or the one project of who may see no other."""
+        seen = sorted(self._where or ()) or ["default"]
+        return seen[0] if len(seen) == 1 and seen[0] != EVERYWHERE else "default"
+
     def _get(self, name: str) -> Any:
         with self._lock:
             if name not in self._made:

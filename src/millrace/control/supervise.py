@@ -9,6 +9,7 @@ import msgspec
 
 from millrace.control.interrupts import calling_on_signals
 from millrace.control.models import open_version
+from millrace.control.seen import process_facts
 from millrace.control.services import Services
 from millrace.control.watching import Watch
 from millrace.core.errors import StageError
@@ -101,10 +102,11 @@ class Supervisor:
         with self._services.records.transaction() as transaction:
             old = transaction.get(Endpoint, name)
             created_at = old.created_at if old else self._services.clock.now()
+            facts = {**(old.facts if old else {}), **(process_facts(pid) if pid else {})}
             endpoint = Endpoint(
                 id=name, created_at=created_at, version=old.version if old else 0, name=name, model=name,
                 number=self._version.number, variant=self._variant, state=state, url=url, pid=pid,
-                alias=old.alias if old else None, facts=old.facts if old else {}, text="",
+                alias=old.alias if old else None, facts=facts, text="",
             )  # fmt: skip
             transaction.put(endpoint)
 

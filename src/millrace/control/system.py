@@ -12,6 +12,7 @@ import msgspec
 
 from millrace.control.dispatch import handles
 from millrace.control.drivers import live_lease
+from millrace.control.seen import seen
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.errors import CorruptError, MillraceError, NotFoundError
@@ -33,17 +34,7 @@ def list_endpoints(services: Services, body: Page) -> list[Endpoint]:
     if not services.is_used:
         return []
     found = services.records.find(Endpoint, order="-created_at", limit=body.limit, offset=body.offset)
-    return [_with_truth(endpoint) for endpoint in found]
-
-
-def _with_truth(endpoint: Endpoint) -> Endpoint:
-    if (
-        endpoint.state == "ready"
-        and not endpoint.is_managed
-        and not (endpoint.pid and Path(f"/proc/{endpoint.pid}").exists())
-    ):
-        return msgspec.structs.replace(endpoint, state="stopped", url=None, pid=None)
-    return endpoint
+    return [seen(services, endpoint) for endpoint in found]
 
 
 @handles(ops.GET_ENDPOINT)
@@ -52,7 +43,7 @@ def get_endpoint(services: Services, body: ops.NameRequest) -> Endpoint:
     endpoint = services.records.get(Endpoint, body.name) if services.is_used else None
     if endpoint is None:
         raise NotFoundError(f"there is no endpoint {body.name!r} in {services.home}", hint="`millrace endpoints`")
-    return _with_truth(endpoint)
+    return seen(services, endpoint)
 
 
 @handles(ops.LIST_ALERTS)

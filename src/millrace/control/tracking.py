@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from millrace.control.approvals import person
 from millrace.control.dispatch import handles
 from millrace.control.projects import ensure_project
+from millrace.control.quotas import check_runs, check_storage
 from millrace.control.runs import find_run
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
@@ -26,12 +29,14 @@ def start_tracking(services: Services, body: ops.TrackRequest) -> Run:
     now = services.clock.now()
     run = Run(
         id=new_id(), project=body.project, created_at=now, started_at=now, name=body.name or TRACKED, state="running",
-        tags={"source": "track"},
+        tags={"source": "track"}, created_by=person(),
     )  # fmt: skip
     with services.records.transaction() as transaction:
+        check_runs(transaction, run.project)
         ensure_project(transaction, run.project, now)
+        run = transaction.put(run, expect_version=0)
         transaction.log(run.id, params=_as_texts(body.params), tags=body.tags)
-        return transaction.put(run, expect_version=0)
+    return run
 
 
 @handles(ops.TRACK_LOG)
@@ -52,6 +57,7 @@ def keep_artifact(services: Services, body: ops.TrackArtifact) -> Step:
     path = local_path(services, body.path)
     if not path.exists():
         raise NotFoundError(f"there is no file or folder {path}")
+    check_storage(services, run.project, _size(path))
     artifact = services.blobs.put_tree(path) if path.is_dir() else services.blobs.put(path)
     with services.records.transaction() as transaction:
         steps = [step for step in transaction.find(Step, {"run_id": run.id}) if step.name == "artifacts"]
@@ -63,6 +69,11 @@ def keep_artifact(services: Services, body: ops.TrackArtifact) -> Step:
             stage=TRACKED, state="succeeded", outputs={body.name: artifact},
         )  # fmt: skip
         return transaction.put(step, expect_version=0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files below a folder."""
+    return sum(one.stat().st_size for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file())
 
 
 @handles(ops.TRACK_END)

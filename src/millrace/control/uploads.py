@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from millrace.control.dispatch import handles
+from millrace.control.readable import check_path, check_readable, note_sent
 from millrace.control.services import Services
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ids import canonical_json
@@ -27,12 +28,15 @@ def put_blob(services: Services, body: ops.BlobPut) -> Artifact:
     path = Path(body.path)
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}")
-    return services.blobs.put(path)
+    stored = services.blobs.put(path)
+    note_sent(services, stored)
+    return stored
 
 
 @handles(ops.GET_BLOB)
 def get_blob(services: Services, body: ops.BlobGet) -> Iterator[bytes]:
     """The bytes in parts; the last one comes after the digest was verified."""
+    check_readable(services, body.digest)
     return _parts(services.blobs.open(body.digest))
 
 
@@ -48,6 +52,8 @@ def presign_blob(services: Services, body: ops.PresignRequest) -> ops.PresignedU
     blobs = services.blobs
     if not (isinstance(blobs, SupportsPresign) and blobs.can_presign) or body.size_bytes > MAX_PRESIGNED_BYTES:
         return None
+    if services.where is not None:  # confirming names a digest, sending proves to have the bytes
+        return None
     place = blobs.presign_put(body.digest, body.size_bytes, PRESIGNED_S)
     return ops.PresignedUpload(method=place.method, url=place.url, headers=place.headers, expires_at=place.expires_at)
 
@@ -58,6 +64,7 @@ def confirm_blob(services: Services, body: ops.PresignRequest) -> Artifact:
     blobs = services.blobs
     if not isinstance(blobs, SupportsPresign):
         raise InputError("these blobs are not kept in an object store: nothing can have been sent to one")
+    check_readable(services, body.digest)
     return blobs.confirm(body.digest, body.size_bytes)
 
 
@@ -66,16 +73,19 @@ def put_tree(services: Services, body: ops.TreePut) -> Artifact:
     """Store a listing of blobs that are all here."""
     entries = sorted(body.entries, key=lambda entry: entry.path)
     for entry in entries:
+        check_readable(services, entry.digest)
         if not services.blobs.exists(entry.digest):
             raise NotFoundError(f"the tree's {entry.path!r} is not stored: {entry.digest}", hint="upload it first")
     listing = services.blobs.put(canonical_json(entries), TREE_MEDIA_TYPE)
     services.blobs.tree(listing.digest)  # refuses paths that lead elsewhere
+    note_sent(services, listing)
     return listing
 
 
 @handles(ops.GET_TREE)
 def get_tree(services: Services, body: ops.BlobGet) -> list[TreeEntry]:
     """A listing."""
+    check_readable(services, body.digest)
     return services.blobs.tree(body.digest)
 
 
@@ -107,8 +117,10 @@ def local_path(services: Services, text: str) -> Path:
     """
     kind = next((kind for kind in (BLOB, TREE) if text.startswith(kind + "sha256:")), None)
     if kind is None:
+        check_path(text)
         return Path(text).absolute()
     digest, _, inside = text[len(kind) :].partition("/")
+    check_readable(services, digest)
     parts = PurePosixPath(inside).parts
     if (kind == BLOB and not parts) or any(part in ("..", "/") for part in parts):
         raise InputError(f"an upload's reference must end in a relative path, got {text!r}")

@@ -53,7 +53,8 @@ class Watch:
         judged = window_of(at, self._reference, window, float(self._monitor.false_alarms))
         self._quiet = 0 if judged.is_alert else self._quiet + 1
         fresh = Alert(
-            id=new_id(), created_at=self._services.clock.now(), endpoint=self._endpoint, model=self._version.name,
+            id=new_id(), project=self._version.project, created_at=self._services.clock.now(), endpoint=self._endpoint,
+            model=self._version.name,
             number=self._version.number, signal=DRIFT, score=0.0, threshold=0.0,
         )  # fmt: skip
         with self._services.records.transaction() as transaction:

@@ -94,6 +94,13 @@ class DeniedError(MillraceError):
     default_hint = "ask an owner of the project for the role that allows it"
 
 
+class ApprovalNeededError(DeniedError):
+    """A rule of the project wants a second person to agree; `details["approval"]` waits for one."""
+
+    code = "approval.needed"
+    default_hint = "ask a second person: `millrace approvals` lists what waits"
+
+
 class StageError(MillraceError):
     """A step failed; the user's own line comes first when it was the user's code."""
 

@@ -208,7 +208,7 @@ class CompressFacts(Struct, frozen=True, kw_only=True):
 class GateFacts(Struct, frozen=True, kw_only=True):
     """Challenger against champion on the same frozen rows. `verdict`: see `register.promote_if`."""
 
-    verdict: Literal["first", "promoted", "kept", "undecided", "same"]
+    verdict: Literal["first", "promoted", "kept", "undecided", "same", "waiting"]
     champion: str | None = None  # "digits v1"
     rows: int = 0
     wins: int = 0  # rows only the challenger gets right

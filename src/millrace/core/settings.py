@@ -53,7 +53,33 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="gc_min_age_s", type=float, default=3600.0, summary="`system gc` keeps blobs younger than this."),
     Setting(name="gc_keep_runs", type=int, default=50, summary="`system gc` keeps the outputs of so many runs."),
     Setting(name="gc_keep_days", type=float, default=30.0, summary="`system gc` keeps the outputs of runs this young."),
+    Setting(
+        name="audit_head_interval_s",
+        type=float,
+        default=60.0,
+        summary="A server signs a head of the audit tree so often, when there are new events; 0: never.",
+    ),
+    Setting(
+        name="audit_publish",
+        type=str,
+        default="",
+        summary="Where signed heads are published: a file to append to, or an https:// webhook.",
+    ),
+    Setting(
+        name="audit_publish_local",
+        type=int,
+        default=0,
+        summary="1: the webhook may be this machine's own address.",
+    ),
     Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
+    Setting(name="backup_to", type=str, default="", summary="Where backups go: an absolute folder or s3://…"),
+    Setting(name="backup_key", type=str, default="", summary="What encrypts backups: file:PATH or env:NAME."),
+    Setting(
+        name="backup_every_s", type=float, default=0.0, summary="A server makes a backup so often; 0: only when asked."
+    ),
+    Setting(name="backup_include", type=str, default="", summary="What else a server backs up: keys, logs."),
+    Setting(name="backup_keep_daily", type=int, default=7, summary="The newest backups of so many days are kept."),
+    Setting(name="backup_keep_weekly", type=int, default=4, summary="The newest backups of so many weeks are kept."),
 )
 
 

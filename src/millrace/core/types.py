@@ -421,6 +421,9 @@ class AuditHead(Record, frozen=True, kw_only=True):
     root: str
     chain: str  # of the event numbered `size`
     signature: str  # a signature document over the head, as text
+    previous: str = ""  # digest of the head before, as it was signed
+    nodes: tuple[str, ...] = ()  # of the complete subtrees: the tree goes on from here
+    published: str = ""  # where it went to, as a digest; "" nowhere yet
 
 
 RECORD_TYPES: dict[str, type[Record]] = {

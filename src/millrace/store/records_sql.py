@@ -29,6 +29,7 @@ from millrace.store.sqlite import SqliteDatabase, connect, refuse_network_filesy
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+_ERASE_AT_ONCE = 500  # parameters of a statement
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -225,6 +226,18 @@ class SqlRecords:
         with self._write_lock, self._database.translated():
             self._database.after_erasing()
         return erased
+
+    def erase_details(self, event_ids: Sequence[int], event: Event) -> None:
+        """Erase details and salts of many events, and say so by another event, all in one transaction."""
+        with self.writing() as connection:
+            self._database.before_erasing(connection)
+            for first in range(0, len(event_ids), _ERASE_AT_ONCE):
+                some = event_ids[first : first + _ERASE_AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                connection.execute(f"DELETE FROM event_details WHERE event_id IN ({marks})", some)
+            sealing.append(connection, event)
+        with self._write_lock, self._database.translated():
+            self._database.after_erasing()
 
     def close(self) -> None:
         """Flush and let go of the files; does nothing the second time, or in a forked child."""

@@ -40,6 +40,10 @@ EVENTS = Table(
     Column("commitment", TEXT, nullable=False),
     Column("chain", TEXT),
     Index("ix_events_subject_seq", "subject", "seq"),
+    # For searches, newest first. Without seq: sealing leaves them alone.
+    Index("ix_events_at_id", "at", "id"),
+    Index("ix_events_actor_at_id", "actor", "at", "id"),
+    Index("ix_events_verb_at_id", "verb", "at", "id"),
     Index("ix_events_unsealed", "id", sqlite_where=text("seq IS NULL"), postgresql_where=text("seq IS NULL")),
     sqlite_autoincrement=True,  # an id is never used twice, so order of id is order of commit
 )

@@ -194,8 +194,9 @@ class ScopedTransaction:
         return self._scope.seen(self._transaction.get(record_type, id))
 
     def find(self, record_type: type[R], where: Mapping[str, Any] | None = None) -> list[R]:
-        """Those that may be seen."""
-        return [one for one in self._transaction.find(record_type, where) if self._scope.seen(one) is not None]
+        """Those that may be seen. Projects are all there: a new one needs a number and a name that none has."""
+        found = self._transaction.find(record_type, where)
+        return found if record_type is Project else [one for one in found if self._scope.seen(one) is not None]
 
     def put(self, record: R, expect_version: int | None = None) -> R:
         """Insert or replace.

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.core.errors import ConflictError, InputError
+from millrace.core.errors import ConflictError, CorruptError, InputError
 from millrace.core.ids import canonical_json
 from millrace.core.types import Event
 from millrace.store.database import Connection, within_int64
@@ -33,6 +33,7 @@ _READ = (
     "FROM events e LEFT JOIN event_details d ON d.event_id = e.id WHERE e.seq > ?"
 )
 _UNSEALED = "SELECT id, at, actor, verb, subject, commitment FROM events WHERE seq IS NULL ORDER BY id LIMIT ?"
+_IS_BEYOND = "SELECT 1 FROM events WHERE seq > ? LIMIT 1"
 _SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -78,6 +79,7 @@ def seal_batch(connection: Connection, fence: int) -> int:
 
     Raises:
         ConflictError: A sealer with a newer fence has been here.
+        CorruptError: The stored head is not that of the events.
     """
     if fence:
         newest = int(_meta(connection, "seal_fence") or 0)
@@ -85,6 +87,12 @@ def seal_batch(connection: Connection, fence: int) -> int:
             raise ConflictError(f"a sealer with fence {newest} has taken over, this one has {fence}")
         connection.execute(_SET_META, ("seal_fence", str(fence)))
     seq, chain = head(connection)
+    if connection.execute(_IS_BEYOND, (seq,)).fetchone() is not None:
+        raise CorruptError(
+            f"nothing is sealed: there are events after {seq}, which was the last one: somebody has altered one or "
+            "the other",
+            hint="`millrace system audit verify` shows where; restore the records from a backup",
+        )
     rows = []
     for id, at, actor, verb, subject, commitment in connection.execute(_UNSEALED, (SEAL_BATCH,)).fetchall():
         seq += 1
@@ -98,11 +106,20 @@ def seal_batch(connection: Connection, fence: int) -> int:
 
 
 def head(connection: Connection) -> tuple[int, str]:
-    """The last sealed (seq, chain digest); kept apart from the events, so that a cut tail shows."""
+    """The last sealed (seq, chain digest); kept apart from the events, so that a cut tail shows.
+
+    Raises:
+        CorruptError: Somebody has written something else there.
+    """
     stored = _meta(connection, "chain_head")
     if stored is None:
         return 0, GENESIS
     seq, _, chain = stored.partition(" ")
+    if not (seq.isascii() and seq.isdigit() and len(chain) == len(GENESIS)):
+        raise CorruptError(
+            "the stored head of the events (meta, chain_head) has been altered: want a number and a digest",
+            hint="`millrace system audit verify` shows whether the events are whole",
+        )
     return int(seq), chain
 
 

@@ -53,6 +53,8 @@ mon_allow_pool_size_one = true
 mon_max_pg_per_osd = 500
 mon_data = {folder}/mon
 mon_data_avail_crit = 1
+paxos_propose_interval = 0.02
+paxos_min_wait = 0.01
 osd_data = {folder}/osd
 osd_objectstore = memstore
 memstore_device_bytes = {memory_bytes}
@@ -102,7 +104,7 @@ class Radosgw:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> Radosgw:
-        """Start everything; about 15 s. Returns itself.
+        """Start everything; a second or two. Returns itself.
 
         Raises:
             UnavailableError: A program is not installed, or something did not come up; names its log.

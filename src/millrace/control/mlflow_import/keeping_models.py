@@ -8,8 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from millrace.control.commits import move_alias
 from millrace.control.mlflow_import.keeping import Keeper
+from millrace.control.moves import move_alias
 from millrace.control.registered import put_listing
 from millrace.core.ids import digest_json
 from millrace.core.ports import Transaction

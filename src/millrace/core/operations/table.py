@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from millrace.core.operations import Operation, blobs, following, imports, live, projects, registry, runs, works
+from millrace.core.operations import (
+    Operation,
+    backup,
+    blobs,
+    following,
+    governance,
+    imports,
+    live,
+    projects,
+    registry,
+    runs,
+    works,
+)
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for module in (runs, projects, registry, live, following, blobs, imports, works)
+    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, backup)
     for operation in module.OPERATIONS
 }

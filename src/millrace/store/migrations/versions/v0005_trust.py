@@ -40,6 +40,9 @@ INDEXES = (
     ("data_keys", ("kek",)),
     ("data_keys", ("data_subject",)),
     ("audit_heads", ("size",)),
+    ("events", ("at", "id")),
+    ("events", ("actor", "at", "id")),
+    ("events", ("verb", "at", "id")),
 )
 
 
@@ -61,5 +64,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop them."""
+    for table, names in INDEXES:
+        if table == "events":
+            op.drop_index(f"ix_{table}_{'_'.join(names)}", table)
     for name in TABLES:
         op.drop_table(name)
