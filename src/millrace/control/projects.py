@@ -231,7 +231,8 @@ def list_projects(services: Services, body: ops.ProjectList) -> list[Project]:
     """Projects, newest first."""
     if not services.is_used:
         return []
-    ProjectDirectory(services).sight()
+    if services.where is None:
+        ProjectDirectory(services).sight()
     found = [one for one in services.records.find(Project, order="-created_at") if fits(one.deleted_at, body.lifecycle)]
     return found[body.offset : body.offset + body.limit]
 

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, Response
 
 from millrace.api.pages.assets import Assets
 from millrace.api.problems import RETRY_AFTER_S, status_of
+from millrace.control.authorisation import acting_principal
 from millrace.core.clock import Clock
 from millrace.core.errors import MillraceError
 from millrace.core.types import Struct
@@ -53,7 +54,7 @@ class Renderer:
     Args:
         assets: Scripts and styles.
         clock: For "3 min ago".
-        home: Shown in the foot of every page.
+        home: Shown in the foot of every page, to whoever runs the server.
     """
 
     def __init__(self, assets: Assets, clock: Clock, home: str) -> None:
@@ -63,7 +64,11 @@ class Renderer:
             auto_reload=False,
         )  # fmt: skip
         self._clock = clock
-        self._environment.globals.update(asset=assets.url, home=home, with_query=with_query)
+        self._environment.globals.update(
+            asset=assets.url,
+            home=lambda: "" if acting_principal() else home,
+            with_query=with_query,
+        )
         self._environment.filters.update(
             number=number, share=share, size=format_size, duration=duration, iso=iso, stamp=stamp, segment=segment,
             short=short, text=text, markdown=markdown,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from millrace.api.pages import compare, curves, files, live, registry, run, runs_table
+from millrace.api.pages import compare, curves, files, live, mlflow_links, registry, run, runs_table
 from millrace.api.pages.assets import PREFIX, Assets
 from millrace.api.pages.rendering import Page, Renderer
 from millrace.api.problems import problem
@@ -36,6 +36,12 @@ VIEWS: tuple[tuple[str, View], ...] = (
     ("/endpoints", live.endpoints),
     ("/endpoints/{name:path}", live.endpoint),
     ("/events", live.events),
+    ("/experiments/{experiment}/runs/{run}", mlflow_links.run),
+    ("/experiments/{experiment}/runs/{run}/{tab:path}", mlflow_links.run),
+    ("/experiments/{experiment}/models/{model}", mlflow_links.logged_model),
+    ("/experiments/{experiment}/models/{model}/{tab:path}", mlflow_links.logged_model),
+    ("/experiments/{experiment}", mlflow_links.experiment),
+    ("/experiments/{experiment}/{tab:path}", mlflow_links.experiment),
 )
 DATA: tuple[tuple[str, View], ...] = (("/pages/data/curves", curves.show),)
 

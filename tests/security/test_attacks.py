@@ -1,0 +1,218 @@
+"""Attacks that must be refused, over every mounted route: they are enumerated from the router, not listed.
+
+Where each comes from: MLflow's authorisation stood beside its route table and was passed by again and again
+(CVE-2023-1177, CVE-2023-6831, CVE-2024-1560, CVE-2025-11200, CVE-2026-0545, CVE-2026-2614); Ray's jobs ran
+anybody's code (CVE-2023-48022); the OWASP API Security Top 10 of 2023 (API1 object level, API2 authentication,
+API3 property level, API5 function level authorisation); CWE-22 for paths, CWE-502 for pickles, CWE-1236 for formulas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from millrace.api.app import build_app
+from millrace.api.mlflow.calls import FixedRoutes
+from millrace.control.dispatch import Dispatcher
+from millrace.core.principals import Grant, Principal, new_secret, token_id
+from millrace.core.types import MetricPoint, Token
+from millrace.wiring import open_dispatcher
+
+OPEN = {"/healthz", "/readyz", "/login", "/logout"}
+BASE = "http://127.0.0.1"
+
+
+class Client:
+    """Requests to the application, without a socket between."""
+
+    def __init__(self, app: Any, headers: dict[str, str]) -> None:
+        self._app, self._headers = app, headers
+
+    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url=BASE, headers=self._headers) as client:
+                return await client.request(method, url, **options)
+
+        return asyncio.run(ask())
+
+    def get(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("GET", url, **options)
+
+    def post(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("POST", url, **options)
+
+
+class Site:
+    """A server that wants tokens, with a run of the project `secret` and one of `mine`."""
+
+    def __init__(self, home: Dispatcher, folder: Path) -> None:
+        self.home = home
+        self.app = build_app(home, wants_token=True)
+        self.ids = {project: self._fill(project, folder) for project in ("secret", "mine")}
+        self.tokens = {name: self._token(name, scope) for name, scope in {
+            "owner": "owner", "dev": "developer:mine", "main": "maintainer:mine", "look": "viewer:mine", "worker": "worker",
+        }.items()}  # fmt: skip
+
+    def _fill(self, project: str, folder: Path) -> str:
+        run = self.home.call("run.track", {"name": f"run-of-{project}", "project": project, "params": {"k": project}})
+        self.home.call("run.log", {"run": run.id, "points": [MetricPoint(run.id, "loss", 0, 0.5, 1.0)]})
+        (folder / project).write_text(f"canary-{project}")
+        self.home.call("run.artifact", {"run": run.id, "name": "notes", "path": str(folder / project)})
+        return run.id
+
+    def _token(self, name: str, scope: str, **changes: Any) -> str:
+        secret = new_secret()
+        token = Token(id=token_id(secret), name=name, prefix=secret[:9], scopes=(scope,), **changes)
+        self.home.services.records.put(token)
+        return secret
+
+    def client(self, secret: str = "") -> Client:
+        return Client(self.app, {"Authorization": f"Bearer {secret}"} if secret else {})
+
+    def routes(self) -> list[tuple[str, str]]:
+        """Method and path of everything that is mounted."""
+        found: set[tuple[str, str]] = set()
+        for route in self.app.routes:
+            inner = list(route._by_path.values()) if isinstance(route, FixedRoutes) else [route]
+            for one in inner:
+                assert isinstance(one, Route), one
+                found |= {(method, one.path) for method in one.methods or ()}
+        assert len(found) > 150
+        return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("attacks")
+    home = open_dispatcher(str(folder / "home"))
+    yield Site(home, folder)
+    home.close()
+
+
+def filled(path: str, value: str) -> str:
+    """A route's path with every parameter filled."""
+    return re.sub(r"{(\w+):int}", "1", re.sub(r"{(\w+)(:path)?}", value, path))
+
+
+@pytest.mark.parametrize("kind", ["none", "unknown", "expired", "revoked", "basic", "two", "empty", "lower"])
+def test_no_route_answers_without_a_valid_token(site: Site, kind: str) -> None:
+    bad = {
+        "none": {}, "unknown": {"Authorization": f"Bearer {new_secret()}"}, "basic": {"Authorization": "Basic bXI6bXI="},
+        "expired": {"Authorization": f"Bearer {site._token('old', 'owner', expires_at=1.0)}"},
+        "revoked": {"Authorization": f"Bearer {site._token('gone', 'owner', revoked_at=1.0)}"},
+        "two": [("Authorization", f"Bearer {site.tokens['owner']}")] * 2,
+        "empty": {"Authorization": "Bearer "}, "lower": {"Authorization": site.tokens["owner"]},
+    }[kind]  # fmt: skip
+    client = site.client()
+    answered = {
+        (method, path): answer.status_code
+        for method, path in site.routes()
+        if path not in OPEN and not path.startswith("/static")
+        and (answer := client.request(method, filled(path, "x"), headers=bad, follow_redirects=False)).status_code
+        not in (401, 303, 302)
+    }  # fmt: skip
+    assert answered == {}
+
+
+def test_no_route_shows_or_changes_what_belongs_to_another_project(site: Site) -> None:
+    """Every route with every id of the other project, by path and by body, as developer, maintainer and viewer."""
+    other = site.ids["secret"]
+    view = site.home.call("run.get", {"run": other})
+    digest = view.steps[0].outputs["notes"].digest
+    before = len(site.home.services.records.events(0, limit=10_000))
+    body = {
+        "run": other, "run_id": other, "run_ids": [other], "left": other, "right": other, "project": "secret",
+        "experiment_id": "2", "experiment_ids": ["2"], "key": "k", "value": "v", "name": "x", "digest": digest,
+        "state": "failed", "status": "FAILED", "run_uuid": other, "metric_key": "loss", "alias": "champion",
+        "tags": [{"key": "a", "value": "b"}], "entries": [{"path": "x", "digest": digest, "size_bytes": 13}],
+    }  # fmt: skip
+    for who in ("dev", "main", "look"):
+        client = site.client(site.tokens[who])
+        for method, path in site.routes():
+            for value in (other, digest, "secret", f"2/{other}/artifacts/notes"):
+                url = filled(path, value)
+                sent = (
+                    {"params": {k: v for k, v in body.items() if isinstance(v, str)}}
+                    if method in ("GET", "HEAD", "DELETE")
+                    else {"json": body}
+                )
+                if "/stream" in path:
+                    continue
+                answer = client.request(method, url, follow_redirects=False, **sent)
+                assert "canary-secret" not in answer.text, (who, method, url)
+                assert "run-of-secret" not in answer.text, (who, method, url)
+                assert answer.status_code < 500 or answer.status_code == 501, (who, method, url, answer.text)
+    after = site.home.call("run.get", {"run": other})
+    assert (after.run, after.values) == (view.run, view.values), "nothing of it has changed"
+    done = site.home.services.records.events(0, limit=10_000)[before:]
+    assert not [event for event in done if other in event.subject and event.detail.get("outcome") == "ok"]
+
+
+def test_nobody_raises_themselves(site: Site) -> None:
+    for who in ("dev", "look", "worker"):
+        client = site.client(site.tokens[who])
+        for path, body in {
+            "/api/v1/tokens": {"name": f"more-{who}", "scope": "owner"},
+            "/api/v1/tokens/dev/revoke": {},
+            "/api/v1/quotas": {"in_project": "mine", "runs": 1000},
+            "/api/v1/approval-rules/delete": {"in_project": "mine"},
+        }.items():
+            assert client.post(path, json=body).status_code == 403, (who, path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "%252e%252e%252fetc%252fpasswd",
+     "/etc/passwd", "//etc/passwd", "..\\..\\etc\\passwd", "notes%00.txt", "....//etc/passwd", "file:///etc/passwd"],
+)  # fmt: skip
+def test_no_path_leads_out(site: Site, path: str) -> None:
+    client = site.client(site.tokens["owner"])
+    run, before = site.ids["mine"], Path("/etc/passwd").stat()
+    root = f"/api/2.0/mlflow-artifacts/artifacts/1/{run}/artifacts"
+    for method, url in (("GET", f"{root}/{path}"), ("DELETE", f"{root}/{path}"), ("PUT", f"{root}/{path}"),
+                        ("GET", f"/runs/{run}/files/{path}"), ("GET", f"/static/{path}"),
+                        ("GET", f"/api/2.0/mlflow-artifacts/artifacts?path=1/{run}/artifacts/{path}"),
+                        ("GET", f"/get-artifact?run_uuid={run}&path={path}"), ("GET", f"/api/v1/blobs/{path}")):  # fmt: skip
+        content = b"written" if method == "PUT" else None
+        answer = client.request(method, url, content=content, follow_redirects=False)
+        assert "root:" not in answer.text, (method, url)
+        assert answer.status_code < 500, (method, url, answer.text)
+    assert Path("/etc/passwd").stat() == before
+    assert not any(site.home.services.home.parent.rglob("passwd*"))
+
+
+def test_error_bodies_leak_no_path_query_or_stack(site: Site) -> None:
+    client = site.client(site.tokens["main"])
+    home = str(site.home.services.home)
+    for method, path in site.routes():
+        if "/stream" in path:
+            continue
+        answer = client.request(method, filled(path, "'nothing\"<x>"), content=b"{", follow_redirects=False)
+        if answer.status_code >= 400:
+            for leak in (home, "Traceback", "SELECT ", "sqlite3", "psycopg", "site-packages"):
+                assert leak not in answer.text, (method, path, leak)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"a":' * 50_000, b"NaN", b"[NaN]", b'"x"', b"\xff\xfe", b"{" + b" " * 40_000_000]
+)
+def test_json_that_is_none(site: Site, data: bytes) -> None:
+    client = site.client(site.tokens["owner"])
+    for path in ("/api/v1/tokens", "/api/2.0/mlflow/runs/create", "/api/2.0/mlflow/runs/search"):
+        answer = client.post(path, content=data, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500, (path, answer.text[:200])
+
+
+def test_a_principal_of_a_module_cannot_be_forged_by_headers(site: Site) -> None:
+    """What proxies send is no proof here."""
+    for name in ("X-Forwarded-User", "X-Remote-User", "Remote-User", "X-Millrace-User", "Cookie"):
+        assert site.client().get("/api/v1/runs", headers={name: "owner"}).status_code == 401
+    assert Principal(id="user:x", grants=(Grant(role="viewer"),)).where("token.create", True) == frozenset()
