@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# The box has few cores: one thread per process, two processes.
-WORKERS ?= 2
+# One thread per process; three processes keep two cores busy, since many tests wait for servers and timers.
+WORKERS ?= 3
 export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help

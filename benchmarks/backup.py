@@ -27,11 +27,11 @@ from millrace.control.backup_checking import check_backup, chosen
 from millrace.control.backup_making import Options, make_backup
 from millrace.control.backup_restoring import Target, restore_backup
 from millrace.control.backup_seal import BackupKey
-from millrace.control.backup_vault import Vault
 from millrace.core.clock import SystemClock
 from millrace.core.ids import new_id
 from millrace.core.types import Artifact, ArtifactFile, Event, MetricPoint, Run, Step
 from millrace.store.backup_place import FolderPlace
+from millrace.store.backup_vault import Vault
 from millrace.store.blobs_local import LocalBlobs
 from millrace.store.records_sql import open_records
 from millrace.wiring import open_services

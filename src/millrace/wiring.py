@@ -38,6 +38,8 @@ HANDLER_MODULES = (
     "millrace.control.system",
     "millrace.control.migration",
     "millrace.control.backup",
+    "millrace.control.audit",
+    "millrace.control.privacy",
     "millrace.control.garbage",
     "millrace.control.following",
     "millrace.control.uploads",

@@ -48,7 +48,8 @@ NOUNS = {
     "approvals": {"list", "approve", "refuse"},
     "approval-rules": {"list", "set", "delete"},
     "quotas": {"list", "set"},
-    "system": {"gc", "du", "migrate", "backup", "backups", "verify", "restore", "drill", "prune"},
+    "privacy": {"export", "erase"},
+    "system": {"gc", "du", "migrate", "backup", "backups", "verify", "restore", "drill", "prune", "audit"},
 }
 
 
@@ -93,7 +94,7 @@ def test_every_command_can_print_json(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("path", [("status",), ("doctor",), ("config",), ("system", "du"), ("system", "gc"),
-                                  *((noun,) for noun in NOUNS if noun != "system")], ids=" ".join)  # fmt: skip
+                                  *((noun,) for noun in NOUNS if noun not in ("system", "privacy"))], ids=" ".join)  # fmt: skip
 def test_json_of_an_empty_home_is_json_and_text_is_text(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

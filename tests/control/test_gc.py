@@ -18,7 +18,16 @@ from millrace.control.services import Services
 from millrace.core.clock import FakeClock
 from millrace.core.errors import ConflictError
 from millrace.core.operations.live import GcResponse
-from millrace.core.types import TREE_MEDIA_TYPE, Artifact, ArtifactFile, DatasetVersion, ModelVersion, Run, Step
+from millrace.core.types import (
+    TREE_MEDIA_TYPE,
+    Artifact,
+    ArtifactFile,
+    DatasetVersion,
+    MetricPoint,
+    ModelVersion,
+    Run,
+    Step,
+)
 from millrace.store.leases import acquire
 from millrace.wiring import open_dispatcher
 
@@ -143,6 +152,52 @@ def test_runs_deleted_long_ago_are_removed_with_their_files(home: Home) -> None:
     assert home.gc(apply=True).runs == 1
     assert home.services.records.get(Run, "gone") is None
     assert home.digests() == set()
+
+
+def send(home: Home, owner: str, path: str) -> str:
+    """A part of an upload, or a file that somebody sent; its digest."""
+    artifact = home.put(f"{owner} {path}".encode())
+    file = ArtifactFile(
+        id=f"{owner}/{path}", owner=owner, path=path, artifact=artifact, created_at=home.clock.now()
+    )  # fmt: skip
+    home.services.records.put(file)
+    return artifact.digest
+
+
+def test_uploads_that_were_never_completed_are_removed(home: Home) -> None:
+    given_up = send(home, "upload-a", "1")
+    goes_on = send(home, "upload-b", "1")
+    sent = send(home, "upload-ann", "sha256:1")
+    kept = send(home, "a-run", "model")
+    home.clock.sleep(0.9 * HOUR_S)
+    later = send(home, "upload-b", "2"), send(home, "upload-ann", "sha256:2")
+    home.clock.sleep(0.2 * HOUR_S)
+    said = home.gc()
+    assert (said.uploads, said.blobs) == (2, 2)
+    assert len(home.services.records.find(ArtifactFile)) == 6
+    assert home.gc(apply=True).uploads == 2
+    assert {file.id for file in home.services.records.find(ArtifactFile)} == {
+        "a-run/model", "upload-b/1", "upload-b/2", "upload-ann/sha256:2",
+    }  # fmt: skip
+    assert home.digests() == {goes_on, kept, *later}
+    assert home.gc(apply=True).uploads == 0
+    assert given_up != sent
+
+
+def test_what_was_logged_to_runs_that_are_gone_is_removed(home: Home) -> None:
+    records = home.services.records
+    for run in ("other", "gone", "also gone"):
+        with records.transaction() as transaction:
+            points = [MetricPoint(run, "loss", step, 1.0, 0.0) for step in range(3)]
+            transaction.log(run, points=points, params={"lr": "1"}, tags={"a": "b"})
+    assert home.gc().values == 2 * (3 + 1 + 1 + 1)
+    assert len(records.metrics("gone")) == 3
+    assert home.gc(apply=True).values == 12
+    assert records.metrics("gone") == records.metrics("also gone") == []
+    values = records.run_values(["other", "gone"])
+    assert (len(records.metrics("other")), values["other"].params, values["other"].tags) == (3, {"lr": "1"}, {"a": "b"})
+    assert not values["gone"].params
+    assert home.gc(apply=True).values == 0
 
 
 def test_two_collections_do_not_meet(home: Home) -> None:

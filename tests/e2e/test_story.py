@@ -213,11 +213,11 @@ def test_on_a_server_elsewhere(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- two servers, one of them killed
 
 
-@pytest.fixture(params=["moto", pytest.param("radosgw", marks=pytest.mark.services)])
-def s3(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture
+def s3(service: str, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Variables that lead to a new bucket."""
     with ExitStack() as stack:
-        if request.param == "moto":
+        if service == "moto":
             server: MotoServer | Radosgw = MotoServer(tmp_path / "moto")
         else:
             if missing_programs():
@@ -238,7 +238,10 @@ def s3(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str
 
 @pytest.mark.xdist_group("postgres")
 @pytest.mark.skipif(PostgresServer.find() is None, reason="no PostgreSQL server is installed")
-@pytest.mark.parametrize("chapter", ["deploy", pytest.param("second run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("service", "chapter"),
+    [("moto", "deploy"), pytest.param("radosgw", "second run", marks=[pytest.mark.slow, pytest.mark.services])],
+)
 def test_on_two_servers_while_one_is_killed(tmp_path: Path, s3: dict[str, str], chapter: str) -> None:
     variables = {"MILLRACE_RECORDS_URL": new_records_url(), **s3}
     with (

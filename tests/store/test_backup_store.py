@@ -18,7 +18,7 @@ from millrace.core.types import Event, MetricPoint, Run
 from millrace.store import backup_marker, backup_rows
 from millrace.store.backup_objects import ObjectPlace
 from millrace.store.backup_place import FolderPlace, Place, Stored, open_place
-from millrace.store.backup_rows import POINTS, Points, pieces, rows_of, snapshot
+from millrace.store.backup_rows import POINTS, Points, named_rows_of, pieces, rows_of, snapshot
 from millrace.store.object_store import RemoteOptions
 from millrace.store.records_sql import SqlRecords
 from millrace.store.transfer import records_digest
@@ -164,7 +164,7 @@ def test_pieces_hold_every_row_once_in_order(
     rows = [[key, values[number % len(values)]] for number, key in enumerate(keys)]
     with monkeypatch.context() as patch:
         payloads = cut_small(rows, patch)
-    assert [row for payload in payloads for row in rows_of(payload, "t")] == rows
+    assert [row for payload in payloads for row in rows_of(payload, "t")] == [tuple(row) for row in rows]
     digest = backup_rows.RecordsDigest()
     whole = backup_rows.RecordsDigest()
     for payload in payloads:
@@ -232,7 +232,7 @@ def test_the_pieces_put_back_anywhere_are_the_same_records(records: SqlRecords, 
         assert backup_rows.is_empty(into)
         for piece in found:
             columns = backup_rows.columns()[piece.table]
-            backup_rows.insert(into, piece.table, columns, rows_of(piece.payload or b"", piece.table))
+            backup_rows.insert(into, piece.table, columns, named_rows_of(piece.payload or b"", piece.table))
         backup_rows.go_on_counting(into)
         assert not backup_rows.is_empty(into)
     assert records_digest(target) == digest.text()
@@ -299,9 +299,9 @@ def test_points_of_runs_that_are_no_records_are_always_read(records: SqlRecords)
 def test_rows_that_do_not_fit_are_refused(records: SqlRecords) -> None:
     columns = backup_rows.columns()["meta"]
     for name, named, rows in (
-        ("meta; DROP TABLE runs", columns, [["a", "b"]]),
-        ("meta", ("key",), [["a"]]),
-        ("meta", columns, [["a", "b", "c"]]),
+        ("meta; DROP TABLE runs", columns, [("meta", "a", "b")]),
+        ("meta", ("key",), [("meta", "a")]),
+        ("meta", columns, [("meta", "a", "b", "c")]),
     ):
         with records.writing() as into, pytest.raises(CorruptError, match="does not fit"):
             backup_rows.insert(into, name, named, rows)

@@ -28,27 +28,27 @@ def import_group() -> None:
 @import_group.command()
 @click.argument("source")
 @click.option("--experiment", "experiments", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
-@click.option("--artifacts", metavar="FOLDER", help="Where a server kept the files of a file store.")
+@click.option("--artifacts", metavar="FOLDER", help="Where the files of runs are, if not beside the store.")
 @click.option("--dry-run", is_flag=True, help="Only say what would come.")
 @json_option
 @click.pass_obj
 def mlflow(
     session: Session, source: str, experiments: tuple[str, ...], artifacts: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Bring an MLflow store over: SOURCE is the URL of its server, or the folder of a file store.
+    """Bring an MLflow store over: SOURCE is its server's URL, its SQLite database, or the folder of a file store.
 
     Runs keep their ids: what is here already is passed over, so an import that was stopped can be started again.
 
     \b
     Examples:
       millrace import mlflow http://127.0.0.1:5000
+      millrace import mlflow sqlite:///mlflow.db
       millrace import mlflow ./mlruns --experiment churn --dry-run
     """
     session.as_json = as_json
     if not source.startswith(("http://", "https://")):
         _refuse_remote(session, source)
-        scheme, mark, path = source.partition("://")
-        source = source if mark and scheme != "file" else str(Path(path or source).absolute())
+        source = _absolute(source)
     answer = session.stream(
         "system.import_mlflow", source=source, experiments=list(experiments), dry_run=dry_run,
         artifacts=str(Path(artifacts).absolute()) if artifacts else None,
@@ -63,6 +63,19 @@ def mlflow(
             _tell(event)
     if as_json:
         session.print_json({"counts": counts, "problems": problems, "dry_run": dry_run})
+
+
+def _absolute(source: str) -> str:
+    """A path as the server, which works in another folder, finds it.
+
+    Example:
+        >>> _absolute("sqlite:////a/mlflow.db"), _absolute("file:///a"), _absolute("mysql://host/a")
+        ('sqlite:////a/mlflow.db', '/a', 'mysql://host/a')
+    """
+    scheme, mark, path = source.partition("://")
+    if scheme == "sqlite" and path.startswith("/"):
+        return f"sqlite:///{Path(path[1:]).absolute()}"
+    return source if mark and scheme != "file" else str(Path(path or source).absolute())
 
 
 def _refuse_remote(session: Session, source: str) -> None:

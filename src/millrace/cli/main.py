@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import millrace
-from millrace.cli import import_verbs, nouns, server_verbs, service_verbs, verbs
+from millrace.cli import audit_verbs, import_verbs, nouns, server_verbs, service_verbs, verbs
 from millrace.cli.session import Session
 from millrace.core.errors import MillraceError, UnavailableError
 
@@ -84,5 +84,6 @@ for command in (
     *service_verbs.COMMANDS,
     *import_verbs.COMMANDS,
     *nouns.groups(),
+    *audit_verbs.COMMANDS,
 ):
     cli.add_command(command)

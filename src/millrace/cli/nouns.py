@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from millrace.cli import backup_verbs
+from millrace.cli import audit_verbs, backup_verbs
 from millrace.cli.derive import derive_command, json_option, plural, print_answer
 from millrace.cli.session import Session
 from millrace.core.errors import DeniedError
@@ -79,10 +79,10 @@ def _print_list(session: Session, answer: list[Any], noun: str, show: str) -> No
 
 
 def _system() -> click.Group:
-    group = click.Group("system", help="The home: disk, garbage, backups.\n\n\b\nExample:\n  millrace system du")
+    group = click.Group("system", help="The home: disk, garbage, backups, audit.\n\n\b\nExample:\n  millrace system du")
     group.add_command(derive_command(OPERATIONS["system.gc"], "gc", "render_gc"))
     group.add_command(derive_command(OPERATIONS["system.du"], "du", "render_du"))
     group.add_command(derive_command(OPERATIONS["system.migrate"], "migrate"))
-    for command in backup_verbs.commands():
+    for command in (*backup_verbs.commands(), audit_verbs.audit):
         group.add_command(command)
     return group

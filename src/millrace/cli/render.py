@@ -206,6 +206,9 @@ def render_gc(answer: Any) -> None:
     print_table(["BLOBS", "COUNT", "SIZE", "WHY"], rows)
     if answer.runs:
         console().print(f"{answer.runs} deleted runs {would or 'were '}removed for good")
+    for count, what in ((answer.uploads, "unfinished uploads"), (answer.values, "values of runs that are gone")):
+        if count:
+            console().print(f"{count} {what} {would or 'were '}removed")
     if not answer.applied:
         console().print("`millrace system gc --apply` does it")
     elif answer.blobs and not answer.purged:

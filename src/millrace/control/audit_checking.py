@@ -82,8 +82,8 @@ class _Checking:
                     self._match(head)
                 rows = rows[cut:]
             self._feed(rows)
-        for head in reversed(waiting):
-            self._match(head)
+        if waiting:  # all are over more events than there are
+            self._match(waiting[0])
 
     def check_end(self, size: int, chain: str, beyond: Any) -> None:
         """Whether the events end where the stored head says; `beyond`: the last one, if they do not."""
@@ -107,8 +107,8 @@ class _Checking:
         breaks.sort(key=lambda one: (one.first, one.last))
         return AuditReport(
             is_whole=not breaks, events=self._check.seq, chain=self._check.chain, unsealed=unsealed,
-            heads=len(self._heads), erased=sum(last - first + 1 for first, last in self._check.erased), proven=self._proven,
-            keys=sorted(self._keys), breaks=breaks[:MOST_BREAKS],
+            heads=len(self._heads), erased=sum(last - first + 1 for first, last in self._check.erased),
+            proven=self._proven, keys=sorted(self._keys), breaks=breaks[:MOST_BREAKS],
         )  # fmt: skip
 
     def _feed(self, rows: list[Row]) -> None:
@@ -122,10 +122,9 @@ class _Checking:
         """Whether the events so far are those of a head."""
         check, first = self._check, self._matched + 1
         if check.seq < head.size:
-            self._break(
-                check.seq + 1, head.size, "cut",
-                f"the events end at {check.seq}, but a head was signed over {head.size}",
-            )  # fmt: skip
+            proven = f"; the last signed head that still holds is over {self._matched}"
+            text = f"the events end at {check.seq}, but a head was signed over {head.size}{proven}"
+            self._break(first, head.size, "cut", text)
         elif check.chain != head.chain:
             if not self._is_rewritten and not any(
                 one.problem == "altered" and first <= one.seq <= head.size for one in check.breaks

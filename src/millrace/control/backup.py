@@ -166,7 +166,7 @@ class _opened:
         text = key or services.setting("backup_key")
         secret = extras.load("millrace.control.backup_seal:read_key")(text) if text else None
         place = extras.load("millrace.store.backup_place:open_place")(to)
-        self._vault = extras.load("millrace.control.backup_vault:Vault")(place, secret)
+        self._vault = extras.load("millrace.store.backup_vault:Vault")(place, secret)
 
     def __enter__(self) -> Any:
         return self._vault

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from millrace.control.backup_flow import in_order
-from millrace.control.backup_naming import Named
-from millrace.control.backup_vault import Manifest, Ref, TablePart, Vault
 from millrace.core.errors import CorruptError, InputError, MillraceError, NotFoundError, UntrustedError
 from millrace.core.ports import Verifier
 from millrace.core.types import Struct
 from millrace.security import chain
 from millrace.security.signing import HomeSigner
 from millrace.store import backup_rows, trees
+from millrace.store.backup_flow import in_order
+from millrace.store.backup_naming import Named
+from millrace.store.backup_vault import Manifest, Ref, TablePart, Vault
 from millrace.store.sealing import SealedLink
-from millrace.store.transfer import Row
+
+Row = tuple[Any, ...]
 
 AT_ONCE = 4
 MOST_PROBLEMS = 1000  # that are told; a destination that is gone would have as many as it had objects

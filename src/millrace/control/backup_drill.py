@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from millrace.control.backup_restoring import Restored, Target, restore_backup
-from millrace.control.backup_vault import Manifest, Vault
 from millrace.core import extras
 from millrace.core.clock import Clock
 from millrace.core.errors import MillraceError
 from millrace.core.ports import Verifier
 from millrace.core.types import DataKey, ModelVersion, Struct
+from millrace.store.backup_vault import Manifest, Vault
 from millrace.store.blobs_local import LocalBlobs
 from millrace.store.records_sql import SqlRecords, open_records
 from millrace.store.transfer import records_digest

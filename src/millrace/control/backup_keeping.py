@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 
-from millrace.control.backup_flow import in_order
 from millrace.control.backup_making import home_of, quiet, whole_records
-from millrace.control.backup_vault import Manifest, Vault
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError
 from millrace.core.types import Struct
 from millrace.store import backup_rows
+from millrace.store.backup_flow import in_order
+from millrace.store.backup_vault import Manifest, Vault
 
 AT_ONCE = 4
 
@@ -30,7 +30,7 @@ def made_at(id: str) -> float:
 
     Example:
         >>> made_at("00000000f42400" + "0" * 18)
-        0.064
+        16.0
     """
     return int(id[:14], 16) / 1e6
 
@@ -40,9 +40,9 @@ def kept(ids: Iterable[str], daily: int, weekly: int) -> set[str]:
 
     Example:
         >>> day = 86_400_000_000
-        >>> ids = [f"{number * day:014x}{'0' * 18}" for number in range(20_000, 20_010)]
+        >>> ids = [f"{number * day:014x}{'0' * 18}" for number in range(20_000, 20_010)]  # Friday to Sunday
         >>> [ids.index(one) for one in sorted(kept(ids, daily=2, weekly=2))]
-        [7, 8, 9]
+        [2, 8, 9]
     """
     newest_first = sorted(ids, reverse=True)
     found = set(newest_first[:1])

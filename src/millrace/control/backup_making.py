@@ -15,10 +15,6 @@ from typing import Any
 import yaml
 
 import millrace
-from millrace.control.backup_flow import in_order
-from millrace.control.backup_index import Index, index_path, read_index, write_index
-from millrace.control.backup_naming import Named
-from millrace.control.backup_vault import FilePart, Manifest, Ref, TablePart, Vault
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError
 from millrace.core.ids import digest_bytes, new_id
@@ -26,7 +22,11 @@ from millrace.core.ports import Blobs
 from millrace.core.types import Lease, Struct
 from millrace.security.signing import HomeSigner
 from millrace.store import backup_rows, queries, sealing, trees
+from millrace.store.backup_flow import in_order
+from millrace.store.backup_index import Index, index_path, read_index, write_index
+from millrace.store.backup_naming import Named
 from millrace.store.backup_rows import Piece, Points
+from millrace.store.backup_vault import FilePart, Manifest, Ref, TablePart, Vault
 from millrace.store.blobs_local import CHUNK_BYTES
 from millrace.store.database import Connection
 from millrace.store.layout import HEAD

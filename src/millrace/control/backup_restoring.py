@@ -15,16 +15,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from millrace.control.backup_checking import is_allowed
-from millrace.control.backup_flow import in_order
-from millrace.control.backup_vault import FilePart, Manifest, Ref, Vault
 from millrace.core.clock import Clock
 from millrace.core.errors import ConflictError, CorruptError, InputError, SchemaVersionError
-from millrace.core.ids import new_id
+from millrace.core.ids import digest_bytes, new_id
 from millrace.core.ports import Blobs
 from millrace.core.types import Struct
 from millrace.security import chain
 from millrace.store import backup_marker, backup_rows, sealing
+from millrace.store.backup_flow import in_order
 from millrace.store.backup_marker import Restoring
+from millrace.store.backup_vault import FilePart, Manifest, Ref, Vault
 from millrace.store.blobs_local import disk_errors, sync_folder
 from millrace.store.database import Connection
 from millrace.store.layout import HEAD
@@ -156,7 +156,8 @@ class _Restore:
         for table in self._manifest.tables:
             self._between(f"table {table.name}")
             for payload in in_order(PIECES_AT_ONCE, table.chunks, lambda ref: self._vault.read("chunks", ref)):
-                backup_rows.insert(into, table.name, table.columns, backup_rows.rows_of(payload, table.name))
+                rows = backup_rows.named_rows_of(payload, table.name)
+                backup_rows.insert(into, table.name, table.columns, rows)
         backup_rows.go_on_counting(into)
 
 
@@ -258,18 +259,17 @@ def _restore_file(vault: Vault, file: FilePart, home: Path) -> None:
 
 
 def _compare(manifest: Manifest, into: Connection) -> str:
-    """Read back what is there, and cut it again: the same pieces are the same rows."""
+    """Read back what is there, as many rows at a time as the pieces had: the same bytes are the same rows."""
     digest = backup_rows.RecordsDigest()
-    wanted = ((table.name, ref.digest) for table in manifest.tables for ref in table.chunks)
-    for piece in backup_rows.pieces(into):
-        if next(wanted, None) != (piece.table, piece.digest) or piece.payload is None:
-            raise CorruptError(
-                f"the records read back differently from the backup in the table {piece.table}: nothing was kept",
-                hint="remove the home and restore again; check the disk and memory of its machine",
-            )
-        digest.add(piece.payload)
-    if next(wanted, None) is not None:
-        raise CorruptError("the records that were read back are fewer than the backup has: nothing was kept")
+    for table in manifest.tables:
+        wanted = (ref.digest for ref in table.chunks)
+        for payload in backup_rows.read_back(into, table.name, [ref.rows for ref in table.chunks]):
+            if next(wanted, None) != digest_bytes(payload):
+                raise CorruptError(
+                    f"the records read back differently from the backup in the table {table.name}: nothing was kept",
+                    hint="remove the home and restore again; check the disk and memory of its machine",
+                )
+            digest.add(payload)
     return digest.text()
 
 

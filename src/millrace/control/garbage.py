@@ -4,11 +4,14 @@ Writers take no lock. Who stores bytes and then writes a record that names them 
 what is younger is spared. A blob that was there already when it was stored again counts as new. And what is
 put aside comes back to whoever asks for it; it is deleted only after lying there for `gc_min_age_s` without
 a reference, which is longer than any writer may take between its look and its record.
+
+Records go as well: runs that were deleted too long ago to be restored, files that were sent and never became
+part of anything, and what was logged to runs that are gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 
 from millrace.control.dispatch import handles
 from millrace.control.drivers import live_lease
@@ -27,18 +30,19 @@ from millrace.core.types import (
     Step,
 )
 from millrace.store.leases import LeaseKeeper, acquire
+from millrace.store.records_sql import SqlRecords
+from millrace.store.tracking_sql import orphaned_rows
 
 DAY_S = 86_400.0
 LEASE_TTL_S = 60.0
+UPLOADS = "upload-"  # begins the owner of what was sent and belongs to nothing yet
 
 
 @handles(ops.COLLECT_GARBAGE)
 def collect_garbage(services: Services, body: ops.GcRequest) -> ops.GcResponse:
     """Put aside and delete what nothing refers to; a dry run unless told to apply."""
     if not services.is_used:
-        return ops.GcResponse(
-            blobs=0, size_bytes=0, purged=0, purged_bytes=0, kept=0, runs=0, applied=body.apply
-        )  # fmt: skip
+        return ops.GcResponse(blobs=0, size_bytes=0, purged=0, purged_bytes=0, kept=0, runs=0, applied=body.apply)
     lease = acquire(services.records, "gc", services.clock, LEASE_TTL_S)
     if lease is None:
         raise ConflictError("garbage is being collected already", hint="wait for it to end")
@@ -61,8 +65,11 @@ def collect(
     spared_s = 0.0 if now else float(services.setting("gc_min_age_s"))
     began = services.clock.now()
     runs = _remove_deleted_runs(services, began, apply)
+    values = _remove_orphaned_values(services, apply)
     between()
-    live = referenced(services, began)
+    unfinished = _remove_unfinished_uploads(services, began - spared_s, apply)
+    between()
+    live = referenced(services, began, unfinished)
     purged, aside = [], []
     for artifact, since in list(blobs.discarded()):
         between()
@@ -84,7 +91,8 @@ def collect(
         purged += [artifact for artifact in aside if blobs.purge(artifact.digest)]
     return ops.GcResponse(
         blobs=len(aside), size_bytes=sum(one.size_bytes for one in aside), purged=len(purged),
-        purged_bytes=sum(one.size_bytes for one in purged), kept=len(stored) - len(aside), runs=runs, applied=apply,
+        purged_bytes=sum(one.size_bytes for one in purged), kept=len(stored) - len(aside), runs=runs,
+        uploads=len(unfinished), values=values, applied=apply,
     )  # fmt: skip
 
 
@@ -102,10 +110,10 @@ def _oldest_running(services: Services, now: float) -> float:
     return min((run.started_at or now for run in driven), default=now)
 
 
-def referenced(services: Services, now: float) -> set[str]:
-    """Digests that must stay, the files of trees included."""
+def referenced(services: Services, now: float, without: Set[str] = frozenset()) -> set[str]:
+    """Digests that must stay, the files of trees included; `without` are ids of files that go."""
     digests: set[str] = set()
-    for root in _roots(services, now):
+    for root in _roots(services, now, without):
         if root.digest in digests:
             continue
         digests.add(root.digest)
@@ -114,7 +122,7 @@ def referenced(services: Services, now: float) -> set[str]:
     return digests
 
 
-def _roots(services: Services, now: float) -> Iterator[Artifact]:
+def _roots(services: Services, now: float, without: Set[str]) -> Iterator[Artifact]:
     """What versions, files of runs and logged models, and the outputs of kept runs name."""
     records = services.records
     for version in records.find(ModelVersion):
@@ -123,7 +131,8 @@ def _roots(services: Services, now: float) -> Iterator[Artifact]:
     for dataset in records.find(DatasetVersion):
         yield dataset.artifact
     for file in records.find(ArtifactFile):
-        yield file.artifact
+        if file.id not in without:
+            yield file.artifact
     steps = records.find(Step)
     runs = _kept_runs(services, now)
     kept = {step.id for step in steps if step.run_id in runs}
@@ -161,3 +170,42 @@ def _remove_deleted_runs(services: Services, now: float, apply: bool) -> int:
                     transaction.delete(LoggedModel, model.id)
             transaction.delete(Run, run.id)
     return len(gone)
+
+
+def _remove_unfinished_uploads(services: Services, before: float, apply: bool) -> set[str]:
+    """Parts of uploads that were never completed, and files that were sent for nothing; their ids.
+
+    An upload goes on as long as parts of it arrive.
+    """
+    found = [file for file in services.records.find(ArtifactFile) if file.owner.startswith(UPLOADS)]
+    gone = {file.id for file in _unfinished(found, before)}
+    for owner in {file.owner for file in found if file.id in gone} if apply else ():
+        with services.records.transaction() as transaction:
+            for file in _unfinished(transaction.find(ArtifactFile, {"owner": owner}), before):
+                transaction.delete(ArtifactFile, file.id)
+    return gone
+
+
+def _unfinished(files: Sequence[ArtifactFile], before: float) -> list[ArtifactFile]:
+    newest: dict[str, float] = {}
+    for file in files:
+        newest[_upload_of(file)] = max(newest.get(_upload_of(file), 0.0), file.created_at)
+    return [file for file in files if newest[_upload_of(file)] <= before]
+
+
+def _upload_of(file: ArtifactFile) -> str:
+    """Parts, which have numbers, are one; what somebody sent whole is for itself."""
+    return file.owner if file.path.isdecimal() else file.id
+
+
+def _remove_orphaned_values(services: Services, apply: bool) -> int:
+    """Points, parameters and tags of runs that are gone, such as those that a script logged on; how many."""
+    records = services.records
+    if not isinstance(records, SqlRecords):  # of somebody who may see some projects: gone runs belong to none
+        return 0
+    found = records.read(orphaned_rows)
+    for run_id in found if apply else ():
+        with records.transaction() as transaction:
+            if transaction.get(Run, run_id) is None:
+                transaction.delete(Run, run_id)  # takes what was logged along
+    return sum(found.values())

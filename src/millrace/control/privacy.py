@@ -44,10 +44,11 @@ def export_subject(services: Services, body: ops.SubjectRequest) -> ops.SubjectE
     records = ledger(services)
     records.seal()
     person = _Person(records, body.subject)
+    named = {kind: [_shown(kind, one) for one in person.records(kind)] for kind in RECORD_TYPES}
     found = ops.SubjectExport(
         subject=person.name, names=person.names, at=services.clock.now(), user=person.shown_user,
         events=[msgspec.to_builtins(audit_sql.as_event(row)) for row in person.events()],
-        records={kind: shown for kind in RECORD_TYPES if (shown := [_shown(kind, one) for one in person.records(kind)])},
+        records={kind: shown for kind, shown in named.items() if shown},
         run_values=[
             {"run": run_id, "key": key, "value": value}
             for table in ("run_params", "run_tags")
@@ -74,7 +75,7 @@ def erase_subject(services: Services, body: ops.EraseSubjectRequest) -> ops.Subj
     records = ledger(services)
     records.seal()
     person = _Person(records, body.subject)
-    details = audit_sql.details_naming(records, person.parts, person.is_named)
+    details = audit_sql.details_naming(records, person.parts, person.is_named_in_detail)
     pseudonym = f"erased-{secrets.token_hex(6)}"
     changes = person.changes(pseudonym)
     data: dict[str, int] = {}
@@ -131,12 +132,28 @@ class _Person:
         known = [self.user.email, self.user.external.rpartition("|")[2]] if self.user else []
         self.names = sorted({self.name, *filter(None, known)})
         self.parts = [msgspec.json.encode(name).decode()[1:-1] for name in self.names]
-        spelled = "|".join(re.escape(one) for one in {*self.names, *self.parts})
+        spelled = "|".join(map(re.escape, self.names))
         self._pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)  # "ada", never "Canada"
 
     def is_named(self, text: str) -> bool:
         """Whether a text names them."""
         return self._pattern.search(text) is not None
+
+    def is_named_in(self, value: Any, fields: int) -> bool:
+        """Whether a JSON value does; so many levels of keys are names of fields, not of people."""
+        if isinstance(value, dict):
+            keys = value if fields <= 0 else ()
+            return any(map(self.is_named, keys)) or any(self.is_named_in(one, fields - 1) for one in value.values())
+        if isinstance(value, list):
+            return any(self.is_named_in(one, fields) for one in value)
+        return isinstance(value, str) and self.is_named(value)
+
+    def is_named_in_detail(self, detail: Any) -> bool:
+        """Whether the detail of an event does."""
+        try:
+            return self.is_named_in(msgspec.json.decode(detail), fields=2)
+        except (msgspec.MsgspecError, TypeError):  # erased, or somebody has altered it
+            return self.is_named(str(detail))
 
     @property
     def shown_user(self) -> dict[str, Any] | None:
@@ -148,14 +165,15 @@ class _Person:
         found: dict[int, audit_sql.Row] = {}
         for name in self.names:
             for row in audit_sql.export(self._records, EventFilter(text=name)):
-                if any(self.is_named(str(row[place])) for place in (2, 4, 8)):  # actor, subject, detail
+                actor, subject, detail = row[2], row[4], row[8]
+                if self.is_named(actor) or self.is_named(subject) or self.is_named_in_detail(detail):
                     found[row[0]] = row
         return [found[seq] for seq in sorted(found)]
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Records of a kind that name them."""
         bodies = audit_sql.bodies_naming(self._records, TABLES[kind].name, self.parts)
-        return [msgspec.json.decode(body) for body in bodies if self.is_named(body)]
+        return [one for body in bodies if self.is_named_in(one := msgspec.json.decode(body), fields=1)]
 
     def changes(self, pseudonym: str) -> list[tuple[Record, Record | None]]:
         """What becomes of records that name them as a user: another one, or none."""
@@ -171,7 +189,7 @@ class _Person:
         found += [(one, None) for one in records.find(Session, {"user_name": self.name})]
         found += [(one, None) for one in records.find(Token) if one.user_name == self.name]
         found += [(one, None) for one in records.find(RoleBinding, {"principal": old})]
-        found += [(one, replace(one, created_by=new)) for one in records.find(Run, {"created_by": old})]
+        found += [(one, replace(one, created_by=new)) for one in records.find(Run, {"created_by": [old, self.name]})]
         for one in records.find(Approval):
             by = tuple(new if name == old else name for name in one.approved_by)
             asked = new if one.asked_by == old else one.asked_by

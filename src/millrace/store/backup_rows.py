@@ -15,6 +15,8 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -27,7 +29,6 @@ from millrace.store.database import Connection
 from millrace.store.records_sql import SqlRecords
 from millrace.store.schema import METRICS
 from millrace.store.sqlite import SqliteDatabase, connect
-from millrace.store.transfer import Row
 
 SMALLEST_BYTES = 64 << 10  # no cut before
 LARGEST_BYTES = 1 << 20  # a cut after, whatever the key
@@ -35,8 +36,10 @@ CUT_MASK = 0b111  # between: one key in eight is a cut
 POINTS_TABLE = "metrics"
 POINTS = 8192  # numbers of points in a piece
 BULK_CACHE_KIB = 128 << 10  # or SQLite writes pages out before they are full, and reads them again
+INSERT_ROWS = 100  # by one statement: each costs a change of threads
 _HEAD_BYTES = 5  # of the array: 0xdd and how many rows
 _encode = msgspec.msgpack.Encoder().encode
+_DECODER = msgspec.msgpack.Decoder(list[tuple[Any, ...]])
 
 
 class Points(Struct, frozen=True, kw_only=True):
@@ -146,23 +149,28 @@ def _is_cut(key: list[Any]) -> bool:
     return zlib.crc32(_encode(key)) & CUT_MASK == 0
 
 
-def rows_of(payload: bytes, table: str) -> list[Row]:
-    """The rows of a piece.
+def rows_of(payload: bytes, table: str) -> list[tuple[Any, ...]]:
+    """The rows of a piece, without the table's name.
 
     Raises:
         CorruptError: It is not a piece of this table.
 
     Example:
         >>> rows_of(piece_of("t", [_encode(["t", "a", None])]).payload, "t")
-        [['a', None]]
+        [('a', None)]
     """
+    return [row[1:] for row in named_rows_of(payload, table)]
+
+
+def named_rows_of(payload: bytes, table: str) -> list[tuple[Any, ...]]:
+    """The rows of a piece, each with the table's name first; see `rows_of`."""
     try:
-        rows = msgspec.msgpack.decode(payload, type=list[list[Any]])
+        rows = _DECODER.decode(payload)
     except msgspec.MsgspecError as error:
         raise CorruptError(f"a piece of the table {table} is not one: {error}") from error
     if any(not row or row[0] != table for row in rows):
         raise CorruptError(f"a piece of the table {table} has rows of another one")
-    return [row[1:] for row in rows]
+    return rows
 
 
 class RecordsDigest:
@@ -185,16 +193,50 @@ class RecordsDigest:
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: list[Row]) -> None:
+def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Put rows back.
+
+    Args:
+        connection: Inside a write transaction.
+        name: The table.
+        columns: Its columns, as the backup knows them.
+        rows: See `named_rows_of`.
 
     Raises:
         CorruptError: The table is not one of ours, or a row has other columns.
     """
     table = {str(table.name): table for table in transfer._tables()}.get(name)
-    if table is None or tuple(table.columns.keys()) != columns or any(len(row) != len(columns) for row in rows):
+    if table is None or tuple(table.columns.keys()) != columns or {len(row) for row in rows} - {len(columns) + 1}:
         raise CorruptError(f"the backup's table {name[:60]!r} does not fit the schema that it names")
-    connection.insert_rows(transfer._quoted(name), transfer._column_names(table), rows)
+    names = transfer._column_names(table)
+    if connection.dialect == "sqlite":
+        into = f"INSERT INTO {transfer._quoted(name)} ({', '.join(names)}) VALUES "
+        for group in (rows[first : first + INSERT_ROWS] for first in range(0, len(rows), INSERT_ROWS)):
+            connection.execute(into + _marks(len(group), len(names)), list(chain.from_iterable(group)))
+    else:
+        connection.insert_rows(transfer._quoted(name), names, (row[1:] for row in rows))
+
+
+@lru_cache
+def _marks(rows: int, columns: int) -> str:
+    """Parameters of several rows whose first value, the table's name, is left out."""
+    numbers = ((row * (columns + 1) + 2, (row + 1) * (columns + 1) + 1) for row in range(rows))
+    return ", ".join(f"({', '.join(f'?{number}' for number in range(first, end))})" for first, end in numbers)
+
+
+def read_back(connection: Connection, name: str, counts: Iterable[int]) -> Iterator[bytes]:
+    """The payloads of a table's rows as they are now, so many rows in each; a last one has what else is there."""
+    table = {str(table.name): table for table in transfer._tables()}[name]
+    held: list[bytes] = []
+    batches = _batches(connection, table)
+    for count in counts:
+        while len(held) < count and (batch := next(batches, None)) is not None:
+            held.extend(map(_encode, batch))
+        yield piece_of(name, held[:count]).payload or b""
+        del held[:count]
+    held.extend(map(_encode, next(batches, ())))
+    if held:
+        yield piece_of(name, held).payload or b""
 
 
 @contextmanager

@@ -28,6 +28,12 @@ def _record_table(kind: str) -> Table:
 
 RECORD_TABLES = {kind: _record_table(kind) for kind in layout.TABLES}
 
+
+def _of_sealed(name: str, *columns: str) -> Index:
+    sealed = text("seq IS NOT NULL")
+    return Index(name, *columns, sqlite_where=sealed, postgresql_where=sealed)
+
+
 EVENTS = Table(
     "events",
     METADATA,
@@ -40,10 +46,10 @@ EVENTS = Table(
     Column("commitment", TEXT, nullable=False),
     Column("chain", TEXT),
     Index("ix_events_subject_seq", "subject", "seq"),
-    # For searches, newest first. Without seq: sealing leaves them alone.
-    Index("ix_events_at_id", "at", "id"),
-    Index("ix_events_actor_at_id", "actor", "at", "id"),
-    Index("ix_events_verb_at_id", "verb", "at", "id"),
+    # For searches, newest first; filled by the sealer, many at once, so that no write waits for them.
+    _of_sealed("ix_events_at_id", "at", "id"),
+    _of_sealed("ix_events_actor_at_id", "actor", "at", "id"),
+    _of_sealed("ix_events_verb_at_id", "verb", "at", "id"),
     Index("ix_events_unsealed", "id", sqlite_where=text("seq IS NULL"), postgresql_where=text("seq IS NULL")),
     sqlite_autoincrement=True,  # an id is never used twice, so order of id is order of commit
 )

@@ -64,7 +64,7 @@ def append(connection: Connection, event: Event) -> None:
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the detail of event {event.verb!r} cannot be stored: {error}") from error
     salt = os.urandom(SALT_BYTES)
-    commitment = hmac.new(salt, detail, hashlib.sha256).hexdigest()
+    commitment = hmac.digest(salt, detail, "sha256").hex()
     (id,) = connection.execute(_INSERT, (at, event.actor, event.verb, event.subject, commitment)).fetchone()
     connection.execute(_INSERT_DETAIL, (id, salt, detail.decode()))
 

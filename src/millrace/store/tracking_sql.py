@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,16 @@ _IF_LATER = """
 ON CONFLICT (run_id, key) DO UPDATE SET step = excluded.step, value = excluded.value, at = excluded.at
 WHERE (excluded.step, excluded.at, excluded.value IS NOT NULL, COALESCE(excluded.value, 0))
     > (latest_metrics.step, latest_metrics.at, latest_metrics.value IS NOT NULL, COALESCE(latest_metrics.value, 0))
+"""
+VALUE_TABLES = ("metrics", "latest_metrics", "run_params", "run_tags")
+_ORPHANS = """
+WITH RECURSIVE known(run_id) AS (
+    SELECT min(run_id) FROM {table}
+    UNION ALL
+    SELECT (SELECT min(v.run_id) FROM {table} v WHERE v.run_id > known.run_id) FROM known WHERE known.run_id IS NOT NULL
+)
+SELECT run_id, (SELECT count(*) FROM {table} v WHERE v.run_id = known.run_id) FROM known
+WHERE run_id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs r WHERE r.id = known.run_id)
 """
 _REPLACING = "ON CONFLICT (run_id, key) DO UPDATE SET value = excluded.value"
 _HISTORY = """
@@ -77,8 +88,16 @@ def insert_points(connection: Connection, rows: Sequence[Row]) -> None:
 
 def delete_values(connection: Connection, run_id: str) -> None:
     """Remove everything that a run logged."""
-    for table in ("metrics", "latest_metrics", "run_params", "run_tags"):
+    for table in VALUE_TABLES:
         connection.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+
+
+def orphaned_rows(connection: Connection) -> dict[str, int]:
+    """How many rows there are of each run that does not exist. Looks once per run into an index, not at every row."""
+    found: Counter[str] = Counter()
+    for table in VALUE_TABLES:
+        found.update(dict(connection.execute(_ORPHANS.format(table=table)).fetchall()))
+    return found
 
 
 def run_values(connection: Connection, run_ids: Sequence[str]) -> dict[str, RunValues]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,87 @@ def write_store(root: Path) -> Path:
     write(root / "models/copy/meta.yaml", {**made, "name": "copy"})
     write(root / "models/copy/version-1/meta.yaml", {**base, "name": "copy", "version": 1, "source": "models:/net/1"})
     return root
+
+
+SCHEMA = """
+CREATE TABLE experiments (experiment_id INTEGER, name, artifact_location, lifecycle_stage, creation_time,
+    last_update_time, workspace DEFAULT 'default');
+CREATE TABLE experiment_tags (key, value, experiment_id INTEGER);
+CREATE TABLE runs (run_uuid, name, user_id, status, start_time, end_time, lifecycle_stage, artifact_uri,
+    experiment_id INTEGER);
+CREATE TABLE tags (key, value, run_uuid);
+CREATE TABLE params (key, value, run_uuid);
+CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan);
+CREATE TABLE datasets (dataset_uuid, experiment_id INTEGER, name, digest, dataset_source_type, dataset_source,
+    dataset_schema, dataset_profile);
+CREATE TABLE inputs (input_uuid, source_type, source_id, destination_type, destination_id, step);
+CREATE TABLE input_tags (input_uuid, name, value);
+CREATE TABLE logged_models (model_id, experiment_id INTEGER, name, artifact_location, creation_timestamp_ms,
+    last_updated_timestamp_ms, status, lifecycle_stage, model_type, source_run_id);
+CREATE TABLE logged_model_params (model_id, param_key, param_value);
+CREATE TABLE logged_model_tags (model_id, tag_key, tag_value);
+CREATE TABLE logged_model_metrics (model_id, metric_name, metric_timestamp_ms, metric_step, metric_value, run_id,
+    dataset_name, dataset_digest);
+CREATE TABLE registered_models (name, creation_time, last_updated_time, description, workspace DEFAULT 'default');
+CREATE TABLE registered_model_tags (name, key, value, workspace DEFAULT 'default');
+CREATE TABLE registered_model_aliases (name, alias, version INTEGER, workspace DEFAULT 'default');
+CREATE TABLE model_versions (name, version INTEGER, creation_time, last_updated_time, description, user_id,
+    current_stage, source, run_id, run_link, status, status_message, storage_location, workspace DEFAULT 'default');
+CREATE TABLE model_version_tags (name, version INTEGER, key, value, workspace DEFAULT 'default');
+"""
+
+
+def write_database(path: Path) -> Path:
+    """What `write_store` writes, as MLflow keeps it in a database; its files are below `mlruns` beside it."""
+    root, stamps = path.parent / "mlruns", (START_MS, START_MS + 1)
+    database = sqlite3.connect(path)
+    database.executescript(SCHEMA)
+
+    def add(table: str, *rows: tuple[Any, ...]) -> None:
+        marks = ", ".join("?" * len(rows[0]))
+        columns = ", ".join(
+            row[1] for row in database.execute(f"PRAGMA table_info({table})").fetchall()[: len(rows[0])]
+        )
+        database.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
+
+    stages = ((0, "Default", "active"), (77, "a b/c", "active"), (88, "gone", "deleted"))
+    add("experiments", *((id, name, str(root / str(id)), stage, *stamps) for id, name, stage in stages))
+    add("experiment_tags", ("team", "eyes", 77))
+    for id, name, status, stage, experiment in (
+        (FIRST, "one", "FINISHED", "active", 77),
+        (SECOND, "killed", "KILLED", "deleted", 0),
+        (THIRD, "one", "FINISHED", "active", 88),
+    ):
+        place = str(root / str(experiment) / id / "artifacts")
+        add("runs", (id, name, "ann", status, START_MS, START_MS + 1500, stage, place, experiment))
+    add("params", ("lr", "0.1", FIRST), ("note", "two\nlines\n", FIRST))
+    add("tags", ("mlflow.runName", "one", FIRST), ("kind", "demo", FIRST))
+    add("metrics", *(("train/loss", 1 / (step + 1), START_MS + step, FIRST, step, 0) for step in range(20)))
+    add("metrics", ("odd", 0.0, START_MS, FIRST, 0, 1), ("odd", -math.inf, START_MS + 1, FIRST, 1, 0),
+        ("odd", 3.5, START_MS + 2, FIRST, 0, 0), ("on", 0.5, START_MS, FIRST, 4, 0))  # fmt: skip
+    add("datasets", ("e1", 77, "iris", "d1", "http", '{"url": "http://example.org/a"}', None, None))
+    add("inputs", ("i1", "DATASET", "e1", "RUN", FIRST, 0), ("i2", "RUN_OUTPUT", FIRST, "MODEL_OUTPUT", MODEL, 7))
+    add("input_tags", ("i1", "mlflow.data.context", "x"))
+    place = str(root / "77/models" / MODEL / "artifacts")
+    add("logged_models", (MODEL, 77, "net", place, START_MS, START_MS + 2, 2, "active", None, FIRST))
+    add("logged_model_params", (MODEL, "depth", "3"))
+    add("logged_model_metrics", (MODEL, "acc", START_MS, 1, 0.9, FIRST, None, None),
+        (MODEL, "acc", START_MS, 1, 0.8, FIRST, "iris", "d1"))  # fmt: skip
+    add("registered_models", ("net", START_MS, START_MS + 2, "a net"), ("copy", START_MS, START_MS + 2, None))
+    add("registered_model_tags", ("net", "a", "b"))
+    add("registered_model_aliases", ("net", "champion", 3))
+    for name, number, source, stage, description in (
+        ("net", 1, f"file:///old/place/77/{FIRST}/artifacts/model", "Production", "v1"),
+        ("net", 3, f"models:/{MODEL}", "None", None),
+        ("net", 4, "s3://elsewhere/model", "None", None),
+        ("net", 5, "models:/net/1", "Deleted_Internal", None),
+        ("copy", 1, "models:/net/1", "None", None),
+    ):
+        add("model_versions", (name, number, START_MS, START_MS + 2, description, None, stage, source, FIRST, None,
+                               "READY", None))  # fmt: skip
+    database.commit()
+    database.close()
+    return path
 
 
 def bring(api: Any, source: object, **fields: Any) -> tuple[dict[str, int], list[str]]:

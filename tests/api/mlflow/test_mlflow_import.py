@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -236,8 +237,18 @@ def test_sources_that_are_none(api: Any, tmp_path: Path) -> None:
             bring(api, odd)
     with pytest.raises(InputError, match="no file store"):
         bring(api, tmp_path)
-    with pytest.raises(InputError, match="want the URL"):
-        bring(api, "sqlite:///mlflow.db")
+    with pytest.raises(InputError, match="got postgresql://") as refused:
+        bring(api, "postgresql://ann:secret@host/mlflow")
+    assert "secret" not in str(refused.value)
+    assert "mlflow server --backend-store-uri" in refused.value.hint
+    with pytest.raises(NotFoundError, match="there is no file"):
+        bring(api, f"sqlite:///{tmp_path}/absent.db")
+    write(tmp_path / "text.db", "no database, and longer than a header would be" * 100)
+    with pytest.raises(InputError, match="cannot be read: file is not a database"):
+        bring(api, tmp_path / "text.db")
+    sqlite3.connect(tmp_path / "empty.db").close()
+    with pytest.raises(InputError, match="no store of MLflow"):
+        bring(api, f"sqlite:///{tmp_path}/empty.db")
     with pytest.raises(InputError, match="password"):
         bring(api, "http://ann:secret@127.0.0.1:1")
     with socket.create_server(("127.0.0.1", 0)) as taken:

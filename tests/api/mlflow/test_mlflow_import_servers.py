@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -27,7 +28,18 @@ from millrace.wiring import open_dispatcher
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from import_stores import API, FIRST, START_MS, Reader, bring, version_files, write, write_run, write_store
+from import_stores import (
+    API,
+    FIRST,
+    START_MS,
+    Reader,
+    bring,
+    version_files,
+    write,
+    write_database,
+    write_run,
+    write_store,
+)
 
 STORY = Path(__file__).with_name("stories") / "make_store.py"
 
@@ -117,7 +129,7 @@ def test_a_running_server_does_it_when_it_is_asked(store: Path, tmp_path: Path) 
 # --------------------------------------------------------------------------- the real MLflow
 
 
-@pytest.fixture(scope="module", params=["file store", "database"])
+@pytest.fixture(scope="module", params=["file store", "database", "database file"])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A store that an unmodified MLflow filled: what to import, and the URL of an MLflow server that shows it."""
     python = os.environ.get("MILLRACE_MLFLOW_PYTHON")
@@ -141,7 +153,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         wait_until_up(url, server, folder / "log")
         if not is_files:
             tell(python, url, folder, environment)
-        yield (backend if is_files else url), url
+        yield (url if request.param == "database" else backend), url
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
@@ -164,6 +176,59 @@ def wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
             assert server.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
+
+
+def test_a_database_is_read_as_its_folder_would_be(api: Any, store: Path, other_home: Path, tmp_path: Path) -> None:
+    bring(api, store)
+    for meta in store.rglob("meta.yaml"):  # in a database's store they are not there
+        meta.unlink()
+    database = write_database(tmp_path / "mlflow.db")
+    before = database.read_bytes()
+    other = type(api)(other_home)
+    try:
+        counts, problems = bring(other, f"sqlite:///{database}")
+        assert problems == ["files of version 4 of model 'net': none are here; its source is s3://elsewhere/model"]
+        assert (counts["runs"], counts["files"], counts["points"], counts["aliases"]) == (3, 4, 24, 1)
+        assert Reader(other.http).everything() == Reader(api.http).everything()
+        for name, number in (("net", 1), ("net", 3), ("copy", 1)):
+            assert version_files(other, name, number) == version_files(api, name, number)
+        made = other.post("/model-versions/create", name="net", source="s3://x/y")["model_version"]["version"]
+        assert made == "6"  # 5 was deleted there: its number is not used again
+        counts, _ = bring(other, database)  # the bare path will do
+        assert (counts["runs here already"], counts["versions here already"]) == (3, 4)
+    finally:
+        other.close()
+    assert database.read_bytes() == before
+    assert sorted(one.name for one in tmp_path.glob("mlflow.db*")) == ["mlflow.db"]
+
+
+def test_a_database_from_elsewhere_names_what_it_cannot_reach(api: Any, store: Path, tmp_path: Path) -> None:
+    """Its files come with --artifacts; what is outside of the folders is not opened, whatever it says."""
+    database = write_database(tmp_path / "mlflow.db").rename(tmp_path / "copy.db")
+    store.rename(tmp_path / "kept")
+    write(tmp_path / "secret/key", "secret")
+    (tmp_path / "kept/link").symlink_to(tmp_path / "secret")
+    places = {"1" * 32: f"{tmp_path}/secret", "2" * 32: f"{tmp_path}/kept/../secret", "3" * 32: f"{tmp_path}/kept/link",
+              "4" * 32: "mlflow-artifacts:/../secret", "5" * 32: "s3://a/b"}  # fmt: skip
+    with sqlite3.connect(database) as rows:
+        for run, place in places.items():
+            values = (run, "", "ann", "FINISHED", START_MS, None, "active", place, 77)
+            rows.execute(f"INSERT INTO runs VALUES ({', '.join('?' * 9)})", values)
+        rows.execute("INSERT INTO runs SELECT 'f', '', '', 'ODD', 0, 0, '', '', 77")
+        rows.execute(f"INSERT INTO metrics VALUES ('bad', 1.0, 'never', '{FIRST}', 0, 0)")
+        rows.execute("INSERT INTO experiments VALUES (9, 'theirs', '', 'active', 0, 0, 'team')")
+        rows.execute("DROP TABLE logged_model_metrics")
+    rows.close()
+    _, problems = bring(api, database, dry_run=False)
+    assert [one for one in problems if FIRST in one and "--artifacts" in one]
+    counts, problems = bring(api, database, artifacts=str(tmp_path / "kept"))
+    assert counts["runs completed"] >= 1
+    for part in (*places, "run f of", "'ODD'", "metric 'bad'", "in another workspace"):
+        assert [one for one in problems if part in one], (part, problems)
+    found = Reader(api.http).everything()["experiments"]
+    assert found["a b/c"]["runs"][FIRST]["files"]["model/MLmodel"] == b"flavors: {}\n"
+    assert [found["a b/c"]["runs"][run]["files"] for run in places] == [{}] * 5
+    assert "theirs" not in found
 
 
 def test_files_that_a_server_does_not_give_are_named(api: Any, store: Path, other_home: Path) -> None:

@@ -215,3 +215,21 @@ def test_a_log_goes_on(visit: Open, filled: Any, running: RunningServer, tmp_pat
 
 def _put_step(home: Any, run_id: str, **fields: Any) -> None:
     home.services.records.put(Step(id=f"step-{run_id}", run_id=run_id, **fields))
+
+
+def test_addresses_that_mlflow_prints_land_on_our_pages(visit: Open, filled: Any) -> None:
+    page = visit("/runs")
+    origin = page.url.removesuffix("/runs")
+    for address, landed in {
+        f"#/experiments/0/runs/{filled.pipeline}": f"/runs/{filled.pipeline}",
+        f"#/experiments/7/runs/{filled.pipeline}/artifacts": f"/runs/{filled.pipeline}",
+        "#/experiments/0?searchFilter=a": "/runs?project=default",
+        "#/models/digits/versions/1": "/models/digits/versions/1",
+    }.items():
+        page.goto(f"{origin}/{address}", wait_until="commit")
+        page.wait_for_url(origin + landed)
+        page.goto(f"{origin}/runs")
+    page.goto(f"{origin}/#//elsewhere.example/")
+    assert page.url == f"{origin}/#//elsewhere.example/"
+    page.evaluate("location.hash = '#/models/digits'")  # in the tab that is open already
+    page.wait_for_url(f"{origin}/models/digits")

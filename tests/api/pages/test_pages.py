@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from millrace.api.pages import live
 from millrace.api.pages.rendering import POLICY
-from millrace.core.types import Event
+from millrace.core.types import Event, LoggedModel
 from millrace.testing.server import RunningServer
 from millrace.wiring import open_dispatcher
 
@@ -272,3 +272,20 @@ def test_an_empty_home_says_what_makes_the_first(empty: httpx.Client) -> None:
         assert answer.status_code == 200
         assert f"<code>{command}</code>" in answer.text
         assert Reading(answer.text).wrong == []
+
+
+def test_paths_of_mlflow_lead_to_our_pages(web: httpx.Client, filled: Any) -> None:
+    model = "m-" + "0" * 32
+    home = open_dispatcher(str(filled.folder))
+    project = home.call("project.create", {"name": "two words"})
+    home.services.records.put(LoggedModel(id=model, name="m", run_id=filled.pipeline))
+    home.close()
+    for path, place in {
+        f"/experiments/{project.id}": f"/runs?project={project.project}",
+        f"/experiments/{project.id}/runs/{filled.pipeline}/model-metrics": f"/runs/{filled.pipeline}",
+        f"/experiments/{project.id}/models/{model}": f"/runs/{filled.pipeline}",
+        f"/experiments/{project.id}/models/m-none": f"/runs?project={project.project}",
+    }.items():
+        answer = web.get(path)
+        assert (answer.status_code, answer.headers["location"]) == (303, place), path
+    assert web.get("/experiments/999").status_code == 404

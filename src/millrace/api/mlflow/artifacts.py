@@ -21,12 +21,12 @@ from millrace.api.mlflow.runs import stored_run
 from millrace.api.mlflow.shapes import run_root
 from millrace.api.mlflow.streams import receive_blob, send_file
 from millrace.control import recorded
+from millrace.control.garbage import UPLOADS
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ports import Blobs
 from millrace.core.types import Artifact, ArtifactFile
 
 MAX_PARTS = 10_000
-UPLOADS = "upload-"  # owner of the parts of an upload that is not complete
 ROOTS = ("/api/2.0/mlflow-artifacts", "/ajax-api/2.0/mlflow-artifacts")
 _UPLOAD = msgspec.json.Decoder(requests.Upload, strict=False)
 Respond = Callable[[Request], Awaitable[Response]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from millrace.control.services import Services
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.operations import imports as ops
 from millrace.core.types import LoggedModel, Model, Run
+from millrace.formats.mlflow.database import DatabaseSource
 from millrace.formats.mlflow.folder import FolderSource
 from millrace.formats.mlflow.rest import RestSource
 from millrace.formats.mlflow.source import DELETED_STAGE, Experiment, Source, SourceVersion
@@ -41,20 +43,26 @@ def open_source(body: ops.ImportRequest) -> Source:
     """The store that a request names.
 
     Raises:
-        InputError: It is neither a URL of HTTP nor a folder with a file store.
-        NotFoundError: There is no such folder.
+        InputError: It is neither a URL of HTTP, nor a database of SQLite, nor a folder with a file store.
+        NotFoundError: There is no such file or folder.
     """
     if body.source.startswith(("http://", "https://")):
         if body.artifacts is not None:
             raise InputError("a server says itself where its files are", hint="leave --artifacts out")
         return RestSource(body.source)
-    folder = Path(body.source.removeprefix("file://"))
-    if "://" in body.source.removeprefix("file://") or folder.suffix == ".db":
+    artifacts = Path(body.artifacts).absolute() if body.artifacts else None
+    scheme, mark, rest = body.source.partition("://")
+    if scheme == "sqlite" and rest.startswith("/"):  # as SQLAlchemy writes it: three slashes, then the path
+        return DatabaseSource(Path(rest[1:].partition("?")[0]).absolute(), artifacts)
+    if mark and scheme != "file":
         raise InputError(
-            f"want the URL of an MLflow server or the folder of a file store, got {body.source!r}",
-            hint="start `mlflow server --backend-store-uri …` on a database, then import its URL",
+            f"want the URL of an MLflow server, the folder of a file store or sqlite:///FILE, got {scheme}://…",
+            hint="`mlflow server --backend-store-uri URI --port 5000` serves it: then import http://127.0.0.1:5000",
         )
-    return FolderSource(folder.absolute(), Path(body.artifacts).absolute() if body.artifacts else None)
+    path = Path(body.source.removeprefix("file://")).absolute()
+    if os.path.isfile(path):  # never raises, whatever the name
+        return DatabaseSource(path, artifacts)
+    return FolderSource(path, artifacts)
 
 
 class Import:

@@ -9,10 +9,10 @@ from millrace.core.types import Struct
 
 
 class ImportRequest(Request, frozen=True, kw_only=True):
-    """An MLflow store: the URL of its server, or the folder of a file store on this machine.
+    """An MLflow store: its server's URL, or on this machine `sqlite:///FILE` or the folder of a file store.
 
-    `experiments`: only these, by name. `artifacts`: the folder in which a server kept the files of a file
-    store (`--artifacts-destination`). `dry_run`: only say what would come.
+    `experiments`: only these, by name. `artifacts`: the folder with the files of runs, where it is not beside
+    the store (`--artifacts-destination` of a server). `dry_run`: only say what would come.
     """
 
     source: str

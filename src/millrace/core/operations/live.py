@@ -66,7 +66,9 @@ class GcResponse(Struct, frozen=True, kw_only=True):
     """What was, or would be, done.
 
     Unreferenced blobs are put aside first, and deleted once they have lain there for `gc_min_age_s`:
-    until then whoever asks for one gets it back. `runs` were deleted long ago and are now gone for good.
+    until then whoever asks for one gets it back. `runs` were deleted long ago and are now gone for good;
+    `uploads` are files, or parts of them, that were sent and never became part of anything; `values` are
+    points, parameters and tags of runs that are gone.
     """
 
     blobs: int  # put aside
@@ -75,6 +77,8 @@ class GcResponse(Struct, frozen=True, kw_only=True):
     purged_bytes: int
     kept: int
     runs: int
+    uploads: int = 0
+    values: int = 0
     applied: bool
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from millrace.core.operations import (
     Operation,
+    audit,
     backup,
     blobs,
     following,
@@ -18,6 +19,6 @@ from millrace.core.operations import (
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, backup)
+    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, backup, audit)
     for operation in module.OPERATIONS
 }

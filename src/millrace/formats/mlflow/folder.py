@@ -62,7 +62,7 @@ class FolderSource:
         if not any((one / META).is_file() for place in (self.root, self.root / TRASH) for one in place.glob("*/")):
             raise InputError(
                 f"{folder} is no file store of MLflow: no folder in it has a {META}",
-                hint="a store in a database is read through its server: `mlflow server`, then import its URL",
+                hint="is the store in a database? name that: `millrace import mlflow sqlite:///mlflow.db`",
             )
 
     def close(self) -> None:

@@ -40,10 +40,8 @@ INDEXES = (
     ("data_keys", ("kek",)),
     ("data_keys", ("data_subject",)),
     ("audit_heads", ("size",)),
-    ("events", ("at", "id")),
-    ("events", ("actor", "at", "id")),
-    ("events", ("verb", "at", "id")),
 )
+OF_EVENTS = (("at", "id"), ("actor", "at", "id"), ("verb", "at", "id"))
 
 
 def upgrade() -> None:
@@ -60,12 +58,15 @@ def upgrade() -> None:
         )
     for table, names in INDEXES:
         op.create_index(f"ix_{table}_{'_'.join(names)}", table, list(names))
+    sealed = sa.text("seq IS NOT NULL")
+    for names in OF_EVENTS:
+        name = f"ix_events_{'_'.join(names)}"
+        op.create_index(name, "events", list(names), sqlite_where=sealed, postgresql_where=sealed)
 
 
 def downgrade() -> None:
     """Drop them."""
-    for table, names in INDEXES:
-        if table == "events":
-            op.drop_index(f"ix_{table}_{'_'.join(names)}", table)
+    for names in OF_EVENTS:
+        op.drop_index(f"ix_events_{'_'.join(names)}", "events")
     for name in TABLES:
         op.drop_table(name)

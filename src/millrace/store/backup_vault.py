@@ -13,11 +13,10 @@ import re
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from millrace.control.backup_seal import BackupKey
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError, SchemaVersionError
 from millrace.core.types import Struct
 from millrace.store.backup_place import Place
@@ -30,12 +29,37 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
+class ObjectKey(Protocol):
+    """What encrypts objects and hides their names; see `control.backup_seal`."""
+
+    @property
+    def check(self) -> str:
+        """Says that another key is not this one, and nothing else."""
+        ...
+
+    def hidden(self, digest: str) -> str:
+        """64 hexadecimal digits in place of a digest."""
+        ...
+
+    def sealed_size(self, size: int) -> int:
+        """How many bytes so many become."""
+        ...
+
+    def seal(self, name: str, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """Encrypt the bytes of an object."""
+        ...
+
+    def open(self, name: str, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """Decrypt them: whatever comes out was put in under this name."""
+        ...
+
+
 class FormatDocument(Struct, frozen=True, kw_only=True):
     """What `format.json` says."""
 
     format: int
     home: str = ""  # the digest of the home's first event: no two homes write to one destination
-    key: str = ""  # see `BackupKey.check`; "" is not encrypted
+    key: str = ""  # see `ObjectKey.check`; "" is not encrypted
 
 
 class Ref(Struct, frozen=True, array_like=True):
@@ -101,7 +125,7 @@ class Vault:
         key: None: not encrypted.
     """
 
-    def __init__(self, place: Place, key: BackupKey | None) -> None:
+    def __init__(self, place: Place, key: ObjectKey | None) -> None:
         self.place, self.key = place, key
         self.read_bytes = self.written_bytes = 0
         self._lock = threading.Lock()
