@@ -82,7 +82,9 @@ def _system() -> click.Group:
     group = click.Group("system", help="The home: disk, garbage, backups, audit.\n\n\b\nExample:\n  millrace system du")
     group.add_command(derive_command(OPERATIONS["system.gc"], "gc", "render_gc"))
     group.add_command(derive_command(OPERATIONS["system.du"], "du", "render_du"))
-    group.add_command(derive_command(OPERATIONS["system.migrate"], "migrate"))
+    places = ("--records-to postgresql://millrace@db.example.com/millrace", "--blobs-to s3://bucket/millrace",
+              "--records-to home --blobs-to home")  # fmt: skip
+    group.add_command(derive_command(OPERATIONS["system.migrate"], "migrate", examples=places))
     for command in (*backup_verbs.commands(), audit_verbs.audit):
         group.add_command(command)
     return group
