@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from typing_by_hand import SMALL_SPEC, bundle_digest, command, environment, run_millrace, states_of, write_table
+from typing_by_hand import SMALL_SPEC, command, environment, run_millrace, states_of, write_table
 
 TORCH_SPEC = """project: cancer
 data: {source: cancer.csv, label: target, ignore: [patient]}
@@ -78,20 +78,21 @@ def wait_for_step(process: subprocess.Popen[str], step: str) -> None:
             return
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_cancels_and_a_new_run_continues(small: Path, number: int) -> None:
-    process = start(small, "run", "--json")
-    wait_for_step(process, "train")
-    process.send_signal(number)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
-    states = states_of(small)
-    assert states["data"] == "succeeded"
-    assert "running" not in states.values()
-    runs = json.loads(run_millrace(small, "runs", "--json").stdout)
-    assert runs[0]["state"] == "cancelled"
+def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
+    for number, step, data in ((signal.SIGINT, "train", "succeeded"), (signal.SIGTERM, "evaluate", "cached")):
+        process = start(small, "run", "--json")
+        wait_for_step(process, step)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        view = json.loads(run_millrace(small, "runs", "show", "last", "--json").stdout)
+        assert view["run"]["state"] == "cancelled"
+        states = {one["name"]: one["state"] for one in view["steps"]}
+        assert states["data"] == data
+        assert "running" not in states.values()
     run_millrace(small, "run")
-    assert states_of(small)["data"] == "cached"
+    states = states_of(small)
+    assert [states[step] for step in ("data", "train", "export", "monitor")] == ["cached"] * 3 + ["succeeded"]
 
 
 def test_another_terminal_cancels(small: Path) -> None:
@@ -129,7 +130,7 @@ def test_two_specs_at_once_on_one_home(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_disk_is_said_and_survived(small: Path) -> None:
+def test_a_full_disk_is_said_and_survived(small: Path, undisturbed_digest: str) -> None:
     home = small / "disk"
     home.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", home], check=False)
@@ -146,17 +147,15 @@ def test_a_full_disk_is_said_and_survived(small: Path) -> None:
         with_space = json.loads(run_millrace(small, "--home", str(home), "models", "--json").stdout)[0]["digest"]
     finally:
         subprocess.run(["umount", "-l", home], check=True)
-    run_millrace(small, "run")
-    assert bundle_digest(small) == with_space
+    assert with_space == undisturbed_digest
 
 
-def test_a_busy_port_names_its_holder(small: Path) -> None:
-    run_millrace(small, "run")
+def test_a_busy_port_names_its_holder(finished: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        done = run_millrace(small, "serve", "cancer", "--port", str(port), code=10)
+        done = run_millrace(finished, "serve", "cancer", "--port", str(port), code=10)
     assert str(port) in done.stderr
     assert str(os.getpid()) in done.stderr
 

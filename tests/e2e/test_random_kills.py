@@ -7,12 +7,11 @@ import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typing_by_hand import SMALL_SPEC, bundle_digest, command, environment, run_millrace, write_table
+from typing_by_hand import bundle_digest, command, environment, run_millrace
 
 STEPS = {"data", "train", "export", "evaluate", "compress", "register", "serve", "monitor"}
 KILLS = 4
@@ -46,16 +45,11 @@ def executed(folder: Path, run: str = "last") -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_at_most_the_step_in_flight(tmp_path: Path) -> None:
-    for name in ("undisturbed", "killed"):
-        (tmp_path / name).mkdir()
-        write_table(tmp_path / name / "cancer.csv")
-        (tmp_path / name / "millrace.yaml").write_text(SMALL_SPEC)
-    started = time.monotonic()
-    run_millrace(tmp_path / "undisturbed", "run")
-    whole = time.monotonic() - started
-
-    folder = tmp_path / "killed"
+def test_kills_at_random_moments_lose_at_most_the_step_in_flight(
+    small: Path, undisturbed: Path, undisturbed_digest: str
+) -> None:
+    (took,) = json.loads(run_millrace(undisturbed, "runs", "--json").stdout)
+    whole, folder = took["ended_at"] - took["started_at"], small
     seed = int(os.environ.get(SEED) or random.randrange(10**9))
     chance = random.Random(seed)
     # About a whole run in all, so that the kills are spread over every step.
@@ -78,6 +72,6 @@ def test_kills_at_random_moments_lose_at_most_the_step_in_flight(tmp_path: Path)
     assert sorted(name for name, _ in found) == sorted(STEPS), shown
     assert before.items() <= dict(found).items(), shown
     assert sum(attempt for _, (attempt, *_) in found) <= len(STEPS) + landed, shown
-    assert bundle_digest(folder) == bundle_digest(tmp_path / "undisturbed"), shown
+    assert bundle_digest(folder) == undisturbed_digest, shown
     assert len(json.loads(run_millrace(folder, "models", "--json").stdout)) == 1, shown
     assert run_millrace(folder, "run").stdout.count("(cached)") == len(STEPS), shown

@@ -48,14 +48,13 @@ def test_regression_throughout(tmp_path: Path) -> None:
     assert isinstance(answers[0]["value"], float)
 
 
-def test_again_is_cached_and_a_change_says_why(small: Path) -> None:
-    run_millrace(small, "run")
-    digest = bundle_digest(small)
-    done = run_millrace(small, "run")
+def test_again_is_cached_and_a_change_says_why(finished: Path) -> None:
+    digest = bundle_digest(finished)
+    done = run_millrace(finished, "run")
     assert done.stdout.count("(cached)") == 8
-    assert set(states_of(small).values()) == {"cached"}
-    assert bundle_digest(small) == digest
-    plan = json.loads(run_millrace(small, "run", "--dry-run", "--json", "--set", "train.seed=1").stdout)
+    assert set(states_of(finished).values()) == {"cached"}
+    assert bundle_digest(finished) == digest
+    plan = json.loads(run_millrace(finished, "run", "--dry-run", "--json", "--set", "train.seed=1").stdout)
     steps = {step["name"]: step for step in plan["steps"]}
     assert steps["data"]["action"] == "cached"
     assert "seed 0 → 1" in steps["train"]["reason"]
@@ -72,36 +71,34 @@ def test_a_plan_before_the_first_run_promises_nothing_kept(small: Path) -> None:
     assert not (small / ".millrace").exists(), "a plan writes nothing"
 
 
-def test_other_slices_and_another_confidence_do_not_train_again(small: Path) -> None:
-    run_millrace(small, "run")
+def test_other_slices_and_another_confidence_do_not_train_again(finished: Path) -> None:
     change = ("--set", "evaluate.slices=[mean_radius]", "--set", "evaluate.confidence=0.9")
-    planned = run_millrace(small, "run", "--dry-run", *change).stdout
+    planned = run_millrace(finished, "run", "--dry-run", *change).stdout
     why = {line.split()[0]: line for line in planned.splitlines()}
     assert "evaluate.confidence 0.95 → 0.9, evaluate.slices [] → [" in why["evaluate"]
     assert "may run" in why["register"]
     assert all("cached" in why[step] for step in ("data", "train", "export"))
-    run_millrace(small, "run", *change)
-    states = states_of(small)
+    run_millrace(finished, "run", *change)
+    states = states_of(finished)
     assert [states[step] for step in ("data", "train", "export", "evaluate")] == ["cached"] * 3 + ["succeeded"]
-    assert facts_of(small)["evaluate"]["slices"]
+    assert facts_of(finished)["evaluate"]["slices"]
     # The deciding metric is another matter: it picks the candidate.
     metric = json.loads(
-        run_millrace(small, "run", "--dry-run", "--json", "--set", "evaluate.metrics=[log_loss]").stdout
+        run_millrace(finished, "run", "--dry-run", "--json", "--set", "evaluate.metrics=[log_loss]").stdout
     )
     reasons = {step["name"]: (step["action"], step["reason"]) for step in metric["steps"]}
     assert reasons["train"] == ("run", 'evaluate.metrics [] → ["log_loss"]')
 
 
-def test_what_may_run_is_kept_where_its_inputs_come_out_equal(small: Path) -> None:
+def test_what_may_run_is_kept_where_its_inputs_come_out_equal(finished: Path) -> None:
     """The same rows in a file with other line ends: the dataset is the same, and so is all that follows."""
-    run_millrace(small, "run")
-    content = (small / "cancer.csv").read_bytes()
-    (small / "cancer.csv").write_bytes(content.replace(b"\r\n", b"\n"))
-    assert content != (small / "cancer.csv").read_bytes()
-    plan = json.loads(run_millrace(small, "run", "--dry-run", "--json").stdout)
+    content = (finished / "cancer.csv").read_bytes()
+    (finished / "cancer.csv").write_bytes(content.replace(b"\r\n", b"\n"))
+    assert content != (finished / "cancer.csv").read_bytes()
+    plan = json.loads(run_millrace(finished, "run", "--dry-run", "--json").stdout)
     assert [step["action"] for step in plan["steps"]] == ["run"] + ["may run"] * 7
-    run_millrace(small, "run")
-    assert list(states_of(small).values()) == ["succeeded"] + ["cached"] * 7
+    run_millrace(finished, "run")
+    assert list(states_of(finished).values()) == ["succeeded"] + ["cached"] * 7
 
 
 def test_a_second_run_joins_the_first(small: Path) -> None:

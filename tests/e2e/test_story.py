@@ -181,7 +181,6 @@ def tell(place: Place, serving: ServedByCommand | ServedByServer) -> None:
     place.type("models", "rollback", "iris")
     serving.expect("1")
     place.moment("rollback")
-    place.type("system", "gc")
     collected = place.ask("system", "gc", "--apply")
     assert collected["applied"]
     serving.expect("1")
