@@ -58,7 +58,7 @@ class Site:
         self.app = build_app(home, wants_token=True)
         self.ids = {project: self._fill(project, folder) for project in ("secret", "mine")}
         self.tokens = {name: self._token(name, scope) for name, scope in {
-            "owner": "owner", "dev": "developer:mine", "main": "maintainer:mine", "look": "viewer:mine", "worker": "worker",
+            "owner": "owner", "dev": "developer:mine", "main": "maintainer:mine", "look": "viewer:mine", "worker": "worker", "plain": "developer:default",
         }.items()}  # fmt: skip
 
     def _fill(self, project: str, folder: Path) -> str:
@@ -157,7 +157,7 @@ def test_no_route_shows_or_changes_what_belongs_to_another_project(site: Site) -
 
 
 def test_nobody_raises_themselves(site: Site) -> None:
-    for who in ("dev", "look", "worker"):
+    for who in ("dev", "main", "look", "worker"):
         client = site.client(site.tokens[who])
         for path, body in {
             "/api/v1/tokens": {"name": f"more-{who}", "scope": "owner"},
@@ -166,6 +166,43 @@ def test_nobody_raises_themselves(site: Site) -> None:
             "/api/v1/approval-rules/delete": {"in_project": "mine"},
         }.items():
             assert client.post(path, json=body).status_code == 403, (who, path)
+
+
+def test_no_file_is_put_into_the_run_of_another_project(site: Site) -> None:
+    """Also by who works in the project where things go that name none."""
+    root = f"/api/2.0/mlflow-artifacts/artifacts/2/{site.ids['secret']}/artifacts"
+    for who in ("plain", "dev", "main", "look"):
+        answer = site.client(site.tokens[who]).request("PUT", f"{root}/planted.txt", content=b"planted")
+        assert answer.status_code in (403, 404), (who, answer.text)
+    shown = site.client(site.tokens["owner"]).get(
+        "/api/2.0/mlflow/artifacts/list", params={"run_id": site.ids["secret"]}
+    )
+    assert shown.status_code == 200
+    assert "planted" not in shown.text
+
+
+def test_nothing_is_received_of_who_may_not_send(site: Site) -> None:
+    """Neither kept as a blob nor as a temporary file; and who may send to one project sends in parts too."""
+    stored = {one.digest for one in site.home.services.blobs.list()}
+    run = site.ids["mine"]
+    client = site.client(site.tokens["look"])
+    for method, url in (("POST", "/api/v1/blobs"), ("PUT", f"/api/2.0/mlflow-artifacts/artifacts/3/{run}/artifacts/a.txt"),
+                        ("PUT", f"/api/2.0/mlflow-artifacts/mpu/part/{'0' * 48}/1")):  # fmt: skip
+        assert client.request(method, url, content=b"unwanted").status_code == 403, url
+    assert {one.digest for one in site.home.services.blobs.list()} == stored
+    client = site.client(site.tokens["dev"])
+    folder = f"3/{run}/artifacts"
+    made = client.post(
+        f"/api/2.0/mlflow-artifacts/mpu/create/{folder}", json={"path": "big.bin", "num_parts": 1}
+    ).json()
+    part = made["credentials"][0]
+    sent = client.request("PUT", part["url"], content=b"in parts")
+    assert sent.status_code == 200, sent.text
+    parts = [{"part_number": 1, "etag": sent.headers["ETag"], "url": part["url"]}]
+    done = client.post(f"/api/2.0/mlflow-artifacts/mpu/complete/{folder}",
+                       json={"path": "big.bin", "upload_id": made["upload_id"], "parts": parts})  # fmt: skip
+    assert done.status_code == 200, done.text
+    assert client.get(f"/api/2.0/mlflow-artifacts/artifacts/{folder}/big.bin").content == b"in parts"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +248,7 @@ def test_json_that_is_none(site: Site, data: bytes) -> None:
         assert 400 <= answer.status_code < 500, (path, answer.text[:200])
 
 
-def test_a_principal_of_a_module_cannot_be_forged_by_headers(site: Site) -> None:
+def test_headers_of_a_proxy_prove_nothing(site: Site) -> None:
     """What proxies send is no proof here."""
     for name in ("X-Forwarded-User", "X-Remote-User", "Remote-User", "X-Millrace-User", "Cookie"):
         assert site.client().get("/api/v1/runs", headers={name: "owner"}).status_code == 401

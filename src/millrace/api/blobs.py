@@ -24,6 +24,7 @@ def blob_routes(dispatcher: Dispatcher) -> list[Route]:
     """Upload and download."""
 
     async def put(request: Request) -> Response:
+        await run_in_threadpool(dispatcher.check, PUT_BLOB.name, "blob:default")
         folder = dispatcher.services.home / "scratch" / "incoming"
         path = await receive(request, folder)
         try:

@@ -134,6 +134,19 @@ class Dispatcher:
     def _acting(self) -> Principal:
         return acting_principal() or self._principal
 
+    def check(self, operation: str, subject: str) -> None:
+        """Refuse before a body is received what would be refused after it.
+
+        Raises:
+            DeniedError: Whoever asks may not do the operation anywhere.
+        """
+        chosen = OPERATIONS[operation]
+        try:
+            authorise(self._services, self._acting, chosen, None)
+        except MillraceError as error:
+            self._record(chosen, subject, None, error.code)
+            raise self._told(error) from None
+
     @property
     def services(self) -> Services:
         """The home that operations work on; inside one, as little of it as it may see."""

@@ -20,6 +20,7 @@ from millrace.core.errors import ConflictError, DeniedError, NotFoundError
 from millrace.core.operations import live as ops
 from millrace.core.types import (
     TREE_MEDIA_TYPE,
+    UPLOADS,
     Artifact,
     ArtifactFile,
     DatasetVersion,
@@ -35,7 +36,6 @@ from millrace.store.tracking_sql import orphaned_rows
 
 DAY_S = 86_400.0
 LEASE_TTL_S = 60.0
-UPLOADS = "upload-"  # begins the owner of what was sent and belongs to nothing yet
 
 
 @handles(ops.COLLECT_GARBAGE)

@@ -11,7 +11,7 @@ from millrace.control.authorisation import acting_principal
 from millrace.control.services import Services
 from millrace.core.errors import DeniedError, NotFoundError
 from millrace.core.principals import EVERYWHERE, OWNER, Grant
-from millrace.core.types import TREE_MEDIA_TYPE, Artifact, ArtifactFile, DatasetVersion, ModelVersion, Step
+from millrace.core.types import TREE_MEDIA_TYPE, UPLOADS, Artifact, ArtifactFile, DatasetVersion, ModelVersion, Step
 
 FRESH_S = 1.0  # what was named within this time may look unreadable for as long
 _known: dict[tuple[Path, frozenset[str]], tuple[float, frozenset[str]]] = {}
@@ -68,7 +68,7 @@ def check_path(text: str) -> None:
 
 
 def _sender(principal: str) -> str:
-    return f"upload-{principal.partition('/token:')[0]}"
+    return f"{UPLOADS}{principal.partition('/token:')[0]}"
 
 
 def _digests(services: Services) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _artifacts(services: Services) -> Iterator[Artifact]:
     for dataset in records.find(DatasetVersion):
         yield dataset.artifact
     for file in records.find(ArtifactFile):
-        if not file.owner.startswith("upload-"):
+        if not file.owner.startswith(UPLOADS):
             yield file.artifact
     for step in records.find(Step):
         yield from step.outputs.values()

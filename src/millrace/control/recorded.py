@@ -17,7 +17,7 @@ from millrace.core.operations import runs as ops
 from millrace.core.ports import Transaction
 from millrace.core.search import RunValues
 from millrace.core.states import RunState
-from millrace.core.types import ArtifactFile, LoggedModel, MetricPoint, Project, Run, RunLink, Struct
+from millrace.core.types import UPLOADS, ArtifactFile, LoggedModel, MetricPoint, Project, Run, RunLink, Struct
 
 
 class NewValues(Struct, frozen=True, kw_only=True):
@@ -212,24 +212,21 @@ def keep_file(services: Services, file: ArtifactFile) -> ArtifactFile:
     """Record a stored blob as a file of a run or logged model; one of that path is replaced.
 
     Raises:
+        NotFoundError: Who asks may see some projects only, and no such run or model in them.
         InputError: A folder has that path, or a file stands where a folder must be.
     """
-    owner = services.records.get(Run, file.owner)
-    if owner is not None:
-        check_storage(services, owner.project, file.artifact.size_bytes)
+    owner = services.records.get(Run, file.owner) or services.records.get(LoggedModel, file.owner)
+    if owner is None and services.where is not None and not file.owner.startswith(UPLOADS):
+        raise NotFoundError(f"there is no run {file.owner!r}")
+    project = services.own_project if owner is None else owner.project
+    check_storage(services, project, file.artifact.size_bytes)
     with services.records.transaction() as transaction:
         parts = file.path.split("/")
         for end in range(1, len(parts)):
             above = "/".join(parts[:end])
             if transaction.get(ArtifactFile, f"{file.owner}/{above}") is not None:
                 raise InputError(f"{above!r} is a file, it cannot hold {file.path!r}")
-        return transaction.put(msgspec.structs.replace(file, project=_owner_project(transaction, file)))
-
-
-def _owner_project(transaction: Transaction, file: ArtifactFile) -> str:
-    """The project of the run or logged model that a file belongs to."""
-    owner = transaction.get(Run, file.owner) or transaction.get(LoggedModel, file.owner)
-    return file.project if owner is None else owner.project
+        return transaction.put(msgspec.structs.replace(file, project=project))
 
 
 def drop_files(services: Services, owner: str, path: str) -> int:

@@ -42,6 +42,6 @@ def loopback_address(host: str) -> str:
     if not is_loopback(host):
         raise InputError(
             f"want a loopback address such as 127.0.0.1, got {host!r}",
-            hint="this version has no authentication: put a proxy that has it in front, or use ssh -L",
+            hint="a served model asks nobody who they are: put a proxy that does in front, or use ssh -L",
         )
     return "127.0.0.1" if host == "localhost" else host.strip("[]")

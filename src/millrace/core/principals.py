@@ -38,7 +38,7 @@ ROLES: dict[str, RoleRule] = {
         description="everything in a project, and who has which role there; nothing of the home as a whole",
         allow=("*",), deny=("system.migrate", "system.restore", "system.backup", "system.import_mlflow", "user.*",
                         "key.*", "audit.*", "work.*", "session.*", "approval_rule.set", "approval_rule.delete",
-                        "quota.set"),
+                        "quota.set", "token.create", "token.revoke"),  # a token can be good for the whole home
     ),
     "developer": RoleRule(
         description="runs, datasets, new model versions", allow=_WORKING, deny=ADMIN, reads=True

@@ -173,6 +173,9 @@ class RunLink(Record, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
 
 
+UPLOADS = "upload-"  # begins the owner of a file that was sent and belongs to nothing yet
+
+
 class ArtifactFile(Record, frozen=True, kw_only=True):
     """A file kept with a run or a logged model; id is `owner/path`."""
 

@@ -303,6 +303,6 @@ def test_every_line_of_a_metric_is_a_point_or_a_problem(
 @given(st.text(max_size=40))
 def test_a_plain_path_stays_below_its_folder(text: str) -> None:
     if is_plain_path(text):
-        below = os.path.normpath(os.path.join("/root", text))
-        assert below.startswith("/root/")
-        assert below == f"/root/{text}"
+        below = os.path.normpath(os.path.join("/store", text))
+        assert below.startswith("/store/")
+        assert below == f"/store/{text}"

@@ -21,10 +21,9 @@ from millrace.api.mlflow.runs import stored_run
 from millrace.api.mlflow.shapes import run_root
 from millrace.api.mlflow.streams import receive_blob, send_file
 from millrace.control import recorded
-from millrace.control.garbage import UPLOADS
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ports import Blobs
-from millrace.core.types import Artifact, ArtifactFile
+from millrace.core.types import UPLOADS, Artifact, ArtifactFile
 
 MAX_PARTS = 10_000
 ROOTS = ("/api/2.0/mlflow-artifacts", "/ajax-api/2.0/mlflow-artifacts")
@@ -112,6 +111,7 @@ class _Doors:
         place = files.place_of(request.path_params["path"])
         if not place.path:
             raise InputError("the path names a folder, not a file")
+        await run_in_threadpool(self._tracking.dispatcher.check, "run.artifact", f"run:{place.owner}")
         artifact = await receive_blob(request, self._tracking.services.blobs)
         return await self._perform("run.artifact", place.owner, lambda: self._keep(place, artifact), place.path)
 
@@ -150,8 +150,9 @@ class _Doors:
         upload, number = request.path_params["upload"], request.path_params["number"]
         if not 1 <= number <= MAX_PARTS or len(upload) != 48:
             raise NotFoundError("there is no such upload")
-        artifact = await receive_blob(request, self._tracking.services.blobs)
         place = files.Place(owner=UPLOADS + upload, path=str(number))
+        await run_in_threadpool(self._tracking.dispatcher.check, "run.log", f"run:{place.owner}")
+        artifact = await receive_blob(request, self._tracking.services.blobs)
         answer = await self._perform("run.log", place.owner, lambda: self._keep(place, artifact))
         answer.headers["ETag"] = f'"{artifact.digest.removeprefix("sha256:")}"'
         return answer
