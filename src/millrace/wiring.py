@@ -51,6 +51,8 @@ HANDLER_MODULES = (
     "millrace.control.works",
     "millrace.control.approvals",
     "millrace.control.quotas",
+    "millrace.control.users",
+    "millrace.control.roles",
 )
 
 

@@ -160,3 +160,10 @@ def test_deploying_without_a_server_says_so_at_once_and_keeps_what_is_wanted(
     assert (shown["state"], shown["model"], shown["is_managed"]) == ("stopped", "negative", True)
     code, printed, _ = invoke("deploy", "negative", "--endpoint", "n", "--no-wait")
     assert (code, printed) == (0, "n wanted: negative v1\n")
+
+
+def test_the_help_of_migrate_shows_what_to_type() -> None:
+    _, printed, _ = invoke("system", "migrate", "--help")
+    examples = printed.split("Examples:", 1)[1].split("Options:", 1)[0].split("\n")
+    assert [line.split()[3] for line in examples if line.strip()] == ["--records-to", "--blobs-to", "--records-to"]
+    assert "postgresql://" in printed.split("Options:", 1)[1]

@@ -14,14 +14,15 @@ import httpx
 import msgspec
 import pytest
 
+from millrace.client import sdk
 from millrace.client.http import HttpTransport
 from millrace.client.remote import RemoteTransport
 from millrace.core.errors import ConflictError, CorruptError, InputError, MillraceError, NotFoundError
 from millrace.core.ports import Transport
-from millrace.core.types import MetricPoint
+from millrace.core.types import MetricPoint, Run, Step
 from millrace.testing.moto_server import MotoServer
 from millrace.testing.server import RunningServer
-from millrace.wiring import open_transport
+from millrace.wiring import open_services, open_transport
 
 
 @pytest.fixture(scope="module", params=["in process", "http", "remote"])
@@ -93,6 +94,32 @@ def test_what_was_written_is_an_event(transport: Transport) -> None:
             verbs.append(event.verb)
             break
     assert verbs == ["run.end"]
+
+
+def test_a_report_of_a_far_server_is_its_page_and_a_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a path of the server's machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "report.html").write_text("a file of the server")
+    with closing(open_services(str(tmp_path / "home"))) as services:
+        services.records.put(Run(id="r", state="succeeded", spec_path=str(tmp_path / "millrace.yaml")))
+        facts = {"rows": 5}
+        services.records.put(Step(id="r/data", run_id="r", name="data", stage="own", state="succeeded", facts=facts))
+    with RunningServer(tmp_path / "home") as server, closing(RemoteTransport(server.url)) as client:
+        report = sdk.Run(client, "r").report
+        assert report.url == client.call("run.get", {"run": "r"}).report_path == f"{server.url}/runs/r/report"
+        path = report.path
+        assert path is not None
+        assert path.is_relative_to(tmp_path / "cache")
+        assert path.read_text() == httpx.get(report.url).text
+        assert "<h2>Reproduce</h2>" in path.read_text()
+        with pytest.raises(NotFoundError, match="answers 404"):
+            client.fetch_page(f"{server.url}/runs/nothing/report")
+
+
+def test_a_number_in_a_path_is_one(transport: Transport) -> None:
+    for name in ("version.update", "version.delete"):
+        with pytest.raises(NotFoundError, match="salt"):
+            transport.call(name, {"name": "salt", "number": 3})
 
 
 class OutOfReach(RemoteTransport):

@@ -811,6 +811,17 @@ def test_a_destination_is_wanted_and_listed(home: Home, tmp_path: Path) -> None:
         open_dispatcher(str(tmp_path / "none")).call("system.backup", {"to": str(home.to)})
 
 
+def test_a_folder_of_something_else_is_no_destination(home: Home) -> None:
+    home.to.mkdir()
+    (home.to / "photo.jpg").write_bytes(b"x")
+    for to in (str(home.to), "/", str(home.folder)):
+        with pytest.raises(ConflictError, match="other files"):
+            home.dispatcher.call("system.backup", {"to": to})
+    assert [one.name for one in home.to.iterdir()] == ["photo.jpg"]
+    (home.to / "photo.jpg").unlink()
+    assert home.back_up().manifest.rows > 0
+
+
 # --------------------------------------------------------------------------- by the clock
 
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from millrace.control.dispatch import Dispatcher
-from millrace.control.garbage import collect
+from millrace.control.garbage import collect, collect_garbage
 from millrace.control.services import Services
 from millrace.core.clock import FakeClock
-from millrace.core.errors import ConflictError
-from millrace.core.operations.live import GcResponse
+from millrace.core.errors import ConflictError, DeniedError
+from millrace.core.operations.live import GcRequest, GcResponse
 from millrace.core.types import (
     TREE_MEDIA_TYPE,
     Artifact,
@@ -198,6 +198,16 @@ def test_what_was_logged_to_runs_that_are_gone_is_removed(home: Home) -> None:
     assert (len(records.metrics("other")), values["other"].params, values["other"].tags) == (3, {"lr": "1"}, {"a": "b"})
     assert not values["gone"].params
     assert home.gc(apply=True).values == 0
+
+
+def test_who_sees_some_projects_collects_nothing(home: Home) -> None:
+    """To them, what other projects refer to looks like garbage."""
+    artifact = home.put(b"theirs")
+    home.services.records.put(DatasetVersion(id="d/1", project="theirs", name="d", number=1, artifact=artifact))
+    home.clock.sleep(2 * HOUR_S)
+    with pytest.raises(DeniedError, match="all projects"):
+        collect_garbage(home.services.scoped(frozenset({"mine"})), GcRequest(apply=True, now=True))
+    assert home.digests() == {artifact.digest}
 
 
 def test_two_collections_do_not_meet(home: Home) -> None:

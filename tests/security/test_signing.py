@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -90,6 +92,17 @@ def test_a_trusted_key_is_accepted_until_it_is_removed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UntrustedError, match=friend.key_id):
         here.verify(DIGEST, signature)
+
+
+def test_the_hint_is_the_command_that_trusts_the_signer(tmp_path: Path) -> None:
+    friend, here = HomeSigner(tmp_path / "friend"), HomeSigner(tmp_path / "here")
+    signature = friend.sign(DIGEST)
+    with pytest.raises(UntrustedError) as refused:
+        here.verify(DIGEST, signature)
+    (command,) = re.findall("`(.+)`", refused.value.hint)
+    words = command.replace("SIGNERS_HOME", str(tmp_path / "friend")).replace("NAME", "friend").split()
+    subprocess.run(words, check=True)
+    assert here.verify(DIGEST, signature) == friend.key_id
 
 
 @settings(max_examples=60, deadline=None)

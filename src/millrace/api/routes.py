@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from millrace.core.errors import InputError
 from millrace.core.operations import Operation
 
 PREFIX = "/api/v1"
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -49,6 +51,7 @@ def has_body(operation: Operation) -> bool:
 
 def _endpoint(dispatcher: Dispatcher, operation: Operation, streams: Streams) -> Endpoint:
     takes_body = has_body(operation)
+    numbers = {field.name for field in msgspec.structs.fields(operation.request) if field.type is int}
 
     async def respond(request: Request) -> Response:
         if takes_body:
@@ -56,7 +59,8 @@ def _endpoint(dispatcher: Dispatcher, operation: Operation, streams: Streams) ->
             fields = bodies.decode(data, request.headers.get("content-type", ""))
         else:
             fields = query_fields(request)
-        fields |= request.path_params
+        for name, text in request.path_params.items():  # a path is text, also beside a body that is read strictly
+            fields[name] = int(text) if name in numbers and _WHOLE.fullmatch(text) else text
         if operation.is_stream:
             _resume(operation, request, fields)
             items = await run_in_threadpool(dispatcher.stream, operation.name, fields, strict=takes_body)

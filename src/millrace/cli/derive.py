@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Union, get_args, get_origin
 
 import click
@@ -14,16 +14,23 @@ from millrace.core import extras
 from millrace.core.operations import Operation
 
 OPTIONS = {"to": "The folder to write into."}  # required, but clearer with their name
+HELP = {
+    "records_to": "postgresql://…, or home for the file in the home's folder.",
+    "blobs_to": "s3://… (or az://…, gs://…), or home for the files in the home's folder.",
+}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
-def derive_command(operation: Operation, name: str, show: str | None = None) -> click.Command:
+def derive_command(
+    operation: Operation, name: str, show: str | None = None, examples: Sequence[str] = ()
+) -> click.Command:
     """A click command that calls an operation.
 
     Args:
         operation: The verb.
         name: The command's name.
         show: The function of `cli.render` that prints the answer; `render_value` by default.
+        examples: What to type after the command; by default what the operation's example requires.
     """
 
     def callback(as_json: bool, **values: Any) -> None:
@@ -33,7 +40,7 @@ def derive_command(operation: Operation, name: str, show: str | None = None) -> 
         print_answer(session, answer, show)
 
     command = click.Command(
-        name, callback=callback, params=list(parameters(operation.request)), help=help_of(operation, name)
+        name, callback=callback, params=list(parameters(operation.request)), help=help_of(operation, name, examples)
     )
     return json_option(command)
 
@@ -46,13 +53,14 @@ def print_answer(session: Session, answer: Any, show: str | None) -> None:
     extras.load(f"millrace.cli.render:{show or 'render_value'}")(answer)
 
 
-def help_of(operation: Operation, name: str) -> str:
-    """The summary with an example."""
+def help_of(operation: Operation, name: str, examples: Sequence[str] = ()) -> str:
+    """The summary with an example, or the given ones."""
     noun = operation.name.split(".")[0]
     positional = [str(operation.example[field.name]) for field in msgspec.structs.fields(operation.request)
                   if field.required and field.name in operation.example]  # fmt: skip
-    example = " ".join(["millrace", plural(noun), name, *positional])
-    return f"{operation.summary}\n\n\b\nExample:\n  {example}"
+    typed = [" ".join(["millrace", plural(noun), name, rest]).rstrip() for rest in examples or [" ".join(positional)]]
+    title = "Examples" if len(typed) > 1 else "Example"
+    return f"{operation.summary}\n\n\b\n{title}:\n  " + "\n  ".join(typed)
 
 
 def plural(noun: str) -> str:
@@ -77,12 +85,12 @@ def parameters(request: type[Any]) -> list[click.Parameter]:
         elif field.required:
             found.append(click.Argument([field.name]))
         elif kind is bool:
-            found.append(click.Option([_flag(field.name)], is_flag=True, help=_words(field.name)))
+            found.append(click.Option([_flag(field.name)], is_flag=True, help=_help(field.name)))
         else:
             default = None if field.default is msgspec.NODEFAULT else field.default
             found.append(
                 click.Option([_flag(field.name)], type=kind, default=default, show_default=default not in (None, ""),
-                             help=_words(field.name))
+                             help=_help(field.name))
             )  # fmt: skip
     return found
 
@@ -91,8 +99,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize() + "."
+def _help(name: str) -> str:
+    return HELP.get(name) or name.replace("_", " ").capitalize() + "."
 
 
 def _plain_type(kind: Any) -> Callable[..., Any] | None:

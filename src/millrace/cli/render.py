@@ -55,7 +55,7 @@ def render_value(value: Any) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_cell(item)}" for key, item in list(value.items())[:12]) or "-"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value[:8]) + (" …" if len(value) > 8 else "")
     return str(value)
 

@@ -297,7 +297,8 @@ def open_report(session: Session, run: str, as_json: bool) -> None:
         session.print_json({"report": view.report_path})
         return
     click.echo(view.report_path)
-    webbrowser.open(Path(view.report_path).as_uri())
+    is_page = view.report_path.startswith(("http://", "https://"))  # of a server on another machine
+    webbrowser.open(view.report_path if is_page else Path(view.report_path).as_uri())
 
 
 @click.command()

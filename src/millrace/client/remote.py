@@ -16,7 +16,7 @@ import msgspec
 from millrace.client.http import MSGPACK, PREFIX, HttpTransport, error_of, reaching
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError
 from millrace.core.operations.registry import ExportResponse, OpenModelResponse
-from millrace.core.operations.runs import RunEvent
+from millrace.core.operations.runs import RunEvent, RunView
 from millrace.core.project_files import project_files
 from millrace.core.types import Artifact, ModelVersion, TreeEntry
 
@@ -35,6 +35,7 @@ class RemoteTransport(HttpTransport):
     def call(self, operation: str, body: Mapping[str, Any]) -> Any:
         """Ask for one operation."""
         localized: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "run.get": self._run,
             "model.open": self._open,
             "model.export": self._export,
             "model.compress": self._refuse_compress,
@@ -54,6 +55,19 @@ class RemoteTransport(HttpTransport):
             if isinstance(item, RunEvent) and item.report_path:
                 item = msgspec.structs.replace(item, report_path=f"{self.url}/runs/{body['run']}")
             yield item
+
+    def fetch_page(self, url: str) -> Path:
+        """A page of the server as a file here, fetched with this connection's token."""
+        with reaching(self.url):
+            answer = self._http.get(url, headers={"Accept": "text/html"})
+        if answer.is_error:
+            raise NotFoundError(f"{url} answers {answer.status_code}", hint="open it in a browser: it says why")
+        path = _cache() / "pages" / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}.part")
+        new.write_bytes(answer.content)
+        os.replace(new, path)
+        return path
 
     def upload(self, path: Path) -> Artifact:
         """Store a file on the server."""
@@ -140,10 +154,16 @@ class RemoteTransport(HttpTransport):
             raise NotFoundError(f"there is no file or folder {path}")
         return f"blob:{self.upload(path).digest}/{path.name}"
 
+    def _run(self, body: dict[str, Any]) -> RunView:
+        """A run; its report is the page of the server, not a path of the server's machine."""
+        view: RunView = super().call("run.get", body)
+        return view if view.report_path is None else msgspec.structs.replace(
+            view, report_path=f"{self.url}/runs/{view.run.id}/report"
+        )  # fmt: skip
+
     def _open(self, body: dict[str, Any]) -> OpenModelResponse:
         version = self._version(body["model"])
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace" / "bundles"
-        folder = root / version.bundle.digest.replace(":", "-")
+        folder = _cache() / "bundles" / version.bundle.digest.replace(":", "-")
         if not folder.is_dir():
             new = folder.with_name(f"{folder.name}.{os.getpid()}")
             self._fetch_bundle(version, new)
@@ -190,6 +210,10 @@ class RemoteTransport(HttpTransport):
             "compressing a file needs no server: it measures the machine that it runs on",
             hint=f"unset MILLRACE_URL and run `millrace compress {body.get('path', '')}` again",
         )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace"
 
 
 def _digest_of(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import time
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,22 @@ def _table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
 
 
 class Report:
-    """A run's report file."""
+    """A run's report file; of a far server, its copy on this machine, made when it is first asked for."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, location: str | None, fetch: Callable[[str], Path] | None = None) -> None:
+        self._location, self._fetch = location, fetch
+
+    @property
+    def url(self) -> str | None:
+        """The page of a far server; None where the file is on this machine."""
+        return self._location if self._fetch is not None else None
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None while there is none."""
+        if self._location is None:
+            return None
+        return self._fetch(self._location) if self._fetch is not None else Path(self._location)
 
     def open(self) -> Path:
         """Open it in the browser; its path.
@@ -37,13 +49,14 @@ class Report:
         Raises:
             NotFoundError: The run has not ended.
         """
-        if self.path is None:
+        path = self.path
+        if path is None:
             raise NotFoundError("this run has no report yet", hint="call wait() first")
-        webbrowser.open(self.path.as_uri())
-        return self.path
+        webbrowser.open(path.as_uri())
+        return path
 
     def __repr__(self) -> str:
-        return f"Report({str(self.path) if self.path else None!r})"
+        return f"Report({self._location!r})"
 
 
 class Run:
@@ -79,8 +92,7 @@ class Run:
     @property
     def report(self) -> Report:
         """The report."""
-        path = self._view().report_path
-        return Report(Path(path) if path else None)
+        return Report(self._view().report_path, getattr(self._transport, "fetch_page", None))
 
     def wait(self, timeout_s: float | None = None) -> Run:
         """Wait for the end.

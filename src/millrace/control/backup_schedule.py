@@ -30,6 +30,18 @@ def destination(services: Services) -> str:
     return to if "://" in to or not to else str(services.home / to)
 
 
+def reason(text: str) -> str:
+    """The line of a command's output that says why it failed: its error, else its last one.
+
+    Example:
+        >>> reason("INFO x\\nerror: the disk is full\\n  hint: free some"), reason("Traceback\\nKeyError: 1")
+        ('the disk is full', 'KeyError: 1')
+    """
+    lines = text.splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[0] if errors else lines[-1]
+
+
 class ScheduledBackups:
     """Called by the leader, often; does nothing most of the time. Not thread-safe.
 
@@ -110,7 +122,7 @@ class ScheduledBackups:
                     transaction.put(msgspec.structs.replace(found, state="resolved"), found.version)
                 return
             text = self._log.read_text(errors="replace").strip()[-TOLD_CHARACTERS:] or f"it ended with {code}"
-            title = f"the backup to {self._to} failed: {text.partition(chr(10))[0]}"
+            title = f"the backup to {self._to} failed: {reason(text)}"
             log.warning("%s", title)
             alert = Alert(
                 id=ALERT_ID, created_at=now, endpoint="", model="", number=0, signal="backup", score=1.0, threshold=0.0,

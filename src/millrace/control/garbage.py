@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from millrace.control.dispatch import handles
 from millrace.control.drivers import live_lease
 from millrace.control.services import Services
-from millrace.core.errors import ConflictError, NotFoundError
+from millrace.core.errors import ConflictError, DeniedError, NotFoundError
 from millrace.core.operations import live as ops
 from millrace.core.types import (
     TREE_MEDIA_TYPE,
@@ -40,7 +40,13 @@ UPLOADS = "upload-"  # begins the owner of what was sent and belongs to nothing 
 
 @handles(ops.COLLECT_GARBAGE)
 def collect_garbage(services: Services, body: ops.GcRequest) -> ops.GcResponse:
-    """Put aside and delete what nothing refers to; a dry run unless told to apply."""
+    """Put aside and delete what nothing refers to; a dry run unless told to apply.
+
+    Raises:
+        DeniedError: Who asks may see some projects only: what the others refer to would look like garbage.
+    """
+    if services.where is not None:
+        raise DeniedError("garbage is of all projects, and you may work in some", hint="ask an owner")
     if not services.is_used:
         return ops.GcResponse(blobs=0, size_bytes=0, purged=0, purged_bytes=0, kept=0, runs=0, applied=body.apply)
     lease = acquire(services.records, "gc", services.clock, LEASE_TTL_S)
@@ -201,9 +207,7 @@ def _upload_of(file: ArtifactFile) -> str:
 def _remove_orphaned_values(services: Services, apply: bool) -> int:
     """Points, parameters and tags of runs that are gone, such as those that a script logged on; how many."""
     records = services.records
-    if not isinstance(records, SqlRecords):  # of somebody who may see some projects: gone runs belong to none
-        return 0
-    found = records.read(orphaned_rows)
+    found = records.read(orphaned_rows) if isinstance(records, SqlRecords) else {}
     for run_id in found if apply else ():
         with records.transaction() as transaction:
             if transaction.get(Run, run_id) is None:

@@ -32,7 +32,7 @@ from millrace.store.layout import TABLES
 from millrace.store.records_sql import SqlRecords
 
 # Of records: secrets, and what is made of them.
-HIDDEN = frozenset({"password", "totp", "csrf", "sealed", "wrapped"})
+HIDDEN = frozenset({"password", "totp", "csrf", "pending", "sealed", "wrapped"})
 HIDDEN_IDS = frozenset({"session", "token"})  # the digest of a secret
 # What else erases data of somebody, given the services and the name; each returns how much, by what it is.
 SUBJECT_ERASERS: list[Callable[[Services, str], dict[str, int]]] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,32 +30,52 @@ from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.core.operations import runs as ops
+from millrace.core.search import Comparison, Operator, Ordering, RunQuery
 from millrace.core.spec_errors import load_spec, parse_spec
 from millrace.core.states import RUN_END_STATES
 from millrace.core.types import Artifact, MetricPoint, Run, Step
 
 REPORT_NAME = "report.html"
+LAST_CHARACTER = chr(0x10FFFF)
+_REFERENCE = re.compile("[^\0\ud800-\udfff]+")  # what a column can hold
 
 
 def find_run(services: Services, text: str) -> Run:
-    """A run by id, unique prefix of an id, name, or `last`.
+    """A run by id, name (the newest with it), unique prefix of an id, or `last`.
 
     Raises:
         NotFoundError: There is none, or the prefix fits several.
     """
+    records = services.records
     if text == "last":
-        newest = services.records.find(Run, {"deleted_at": None}, order="-created_at", limit=1)
+        newest = records.find(Run, {"deleted_at": None}, order="-created_at", limit=1)
         if not newest:
             raise NotFoundError(f"there are no runs in {services.home}", hint="`millrace run` makes one")
         return newest[0]
-    run = services.records.get(Run, text)
+    is_reference = _REFERENCE.fullmatch(text) is not None
+    run = records.get(Run, text) if is_reference else None
     if run is not None:
         return run
-    found = [run for run in services.records.find(Run, order="-created_at") if text in (run.name, run.id[: len(text)])]
-    if len(found) != 1 and not any(run.name == text for run in found):
-        count = "no run" if not found else f"{len(found)} runs"
-        raise NotFoundError(f"{count} with the id {text!r} in {services.home}", hint="`millrace runs` lists them")
-    return found[0]
+    count = "no run"
+    if is_reference:
+        newest_first = Ordering(field="attribute", key="created_at", descending=True)
+        named = _search(services, [("name", "=", text)], newest_first, 1)
+        found = named or _search(
+            services, [("id", ">=", text), ("id", "<", text + LAST_CHARACTER)], Ordering(field="attribute", key="id"), 2
+        )
+        if len(found) == 1:
+            return found[0]
+        count = "more than one run" if found else count
+    raise NotFoundError(f"{count} with the id {text!r} in {services.home}", hint="`millrace runs` lists them")
+
+
+def _search(services: Services, tests: Sequence[tuple[str, Operator, str]], order: Ordering, limit: int) -> list[Run]:
+    """Runs, deleted ones too, whose attributes fit."""
+    where = tuple(
+        Comparison(field="attribute", key=key, operator=operator, value=value) for key, operator, value in tests
+    )
+    query = RunQuery(where=where, order=(order,), lifecycle="all", limit=limit)
+    return [one.run for one in services.records.search_runs(query)]
 
 
 @handles(ops.PLAN_RUN)

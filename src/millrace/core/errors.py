@@ -146,7 +146,7 @@ class UntrustedError(MillraceError):
     """A bundle is unsigned or signed by a key that is not trusted here."""
 
     code = "artifact.untrusted"
-    default_hint = "add the signer's public key to the trusted keys only if you know whose it is"
+    default_hint = "only if you know whose key it is: copy the signer's keys/signing.pub to keys/trusted/NAME.pub here"
 
 
 class CapacityError(MillraceError):

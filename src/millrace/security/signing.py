@@ -28,6 +28,9 @@ K = TypeVar("K")
 _CONTEXT = b"millrace signature v1\n"  # a signature made for something else never fits here
 
 
+_ALTERED = "take it again from where it was made, with its signature: `millrace models export MODEL --to FOLDER`"
+
+
 class SignatureDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `sign` returns, as JSON."""
 
@@ -85,7 +88,10 @@ class HomeSigner:
             UntrustedError: Unsigned, signed for other bytes, altered, or by a key that is not trusted.
         """
         if not signature:
-            raise UntrustedError(f"{digest} is unsigned: want a signature by a trusted key")
+            raise UntrustedError(
+                f"{digest} is unsigned: want a signature by a trusted key",
+                hint="register it again, in a home that signs: `millrace run`, or `millrace models register FILE`",
+            )
         try:
             document = _DECODER.decode(signature)
             raw = base64.b64decode(document.signature, validate=True)
@@ -96,14 +102,22 @@ class HomeSigner:
         if document.algorithm != ALGORITHM:
             raise UntrustedError(f"want a signature by {ALGORITHM}, got {document.algorithm!r}")
         if document.digest != digest:
-            raise UntrustedError(f"the signature is for {document.digest}, not for {digest}: the content was altered")
+            raise UntrustedError(
+                f"the signature is for {document.digest}, not for {digest}: the content was altered", hint=_ALTERED
+            )
         key = self._trusted().get(document.key_id) or self._published(document.key_id)
         if key is None:
-            raise UntrustedError(f"{digest} is signed by the key {document.key_id}, which is not trusted here")
+            command = f"install -Dm644 SIGNERS_HOME/keys/signing.pub {self._folder / 'trusted' / 'NAME.pub'}"
+            raise UntrustedError(
+                f"{digest} is signed by the key {document.key_id}, which is not trusted here",
+                hint=f"only if you know whose key it is: `{command}`",
+            )
         try:
             key.verify(raw, _CONTEXT + digest.encode())
         except InvalidSignature:
-            raise UntrustedError(f"the signature of {digest} by {document.key_id} is wrong: it was altered") from None
+            raise UntrustedError(
+                f"the signature of {digest} by {document.key_id} is wrong: it was altered", hint=_ALTERED
+            ) from None
         return document.key_id
 
     def _trusted(self) -> dict[str, Ed25519PublicKey]:

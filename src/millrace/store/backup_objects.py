@@ -35,6 +35,11 @@ class ObjectPlace:
         """The URL; it holds no credentials."""
         return self._objects.url
 
+    @property
+    def is_foreign(self) -> bool:
+        """No: what else is below a prefix does no harm."""
+        return False
+
     def put(self, name: str, parts: Iterable[bytes]) -> int:
         """By one request, or in parts that become visible together; a store acknowledges what is durable."""
         checked_name(name)

@@ -21,6 +21,7 @@ from millrace.store.blobs_local import CHUNK_BYTES, disk_errors
 STALE_TEMP_S = 86_400.0  # a temporary file that nobody has written to for so long belongs to a dead process
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}(/[a-z0-9][a-z0-9.-]{0,127}){0,3}")
 _TEMP = ".writing-"
+OWN = frozenset({"format.json", "chunks", "blobs", "manifests", "lost+found"})  # of a destination, or an empty disk
 _LINKS = frozenset({errno.ELOOP, errno.EMLINK, errno.ENOTDIR})  # what O_NOFOLLOW makes of a link
 
 
@@ -37,6 +38,11 @@ class Place(Protocol):
     @property
     def url(self) -> str:
         """How people call it."""
+        ...
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something else than backups is kept there."""
         ...
 
     def put(self, name: str, parts: Iterable[bytes]) -> int:
@@ -150,6 +156,13 @@ class FolderPlace:
     def url(self) -> str:
         """The folder."""
         return str(self.root)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the folder has files that are not ours: it was named by mistake."""
+        if not self.root.is_dir():
+            return False
+        return any(one.name not in OWN and not one.name.startswith(_TEMP) for one in self.root.iterdir())
 
     def put(self, name: str, parts: Iterable[bytes]) -> int:
         """Temporary file, fsync, rename, fsync of the folder."""

@@ -161,9 +161,13 @@ class Vault:
         """Make it a destination of this home.
 
         Raises:
-            ConflictError: It belongs to another home.
+            ConflictError: It belongs to another home, or is a folder of something else.
         """
         found = self.describe()
+        if found is None and self.place.is_foreign:
+            raise ConflictError(
+                f"{self.place.url} has other files, and no backups", hint="name an empty or a new folder for backups"
+            )
         if found is not None and found.home and home and found.home != home:
             raise ConflictError(
                 f"{self.place.url} holds the backups of another home", hint="one destination for each home"

@@ -45,8 +45,8 @@ EVENTS = Table(
     Column("subject", TEXT, nullable=False),
     Column("commitment", TEXT, nullable=False),
     Column("chain", TEXT),
-    Index("ix_events_subject_seq", "subject", "seq"),
-    # For searches, newest first; filled by the sealer, many at once, so that no write waits for them.
+    # For readers and searches; filled by the sealer, many at once, so that no write waits for them.
+    _of_sealed("ix_events_subject_seq", "subject", "seq"),
     _of_sealed("ix_events_at_id", "at", "id"),
     _of_sealed("ix_events_actor_at_id", "actor", "at", "id"),
     _of_sealed("ix_events_verb_at_id", "verb", "at", "id"),

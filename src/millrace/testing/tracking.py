@@ -285,6 +285,13 @@ class TrackingConformance:
         assert ids(records, compare("attribute.ended_at", "IS NULL")) == ["b"]
         assert ids(records, compare("attribute.started_at", "IS NOT NULL")) == ["a"]
 
+    def test_ids_between_a_prefix_and_its_end(self, records: Records) -> None:
+        for id in ("a", "ab", "ab1", "abé", "ab\U0010fffe", "ac", "AB", "b"):
+            records.put(Run(id=id))
+        tests = compare("attribute.id", ">=", "ab"), compare("attribute.id", "<", "ab\U0010ffff")
+        found = ids(records, *tests, order=(by("attribute.id"),))
+        assert found == ["ab", "ab1", "abé", "ab\U0010fffe"]
+
     def test_datasets(self, records: Records) -> None:
         for id, run, name, digest, context in (
             ("1", "a", "mnist", "d1", "training"), ("2", "a", "cifar", "d2", "eval"), ("3", "b", "mnist", "d3", ""),

@@ -21,9 +21,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from millrace.api.mlflow.routes import mlflow_routes
-from millrace.control.dispatch import Dispatcher
 from millrace.testing.postgres import new_records_url
-from millrace.wiring import open_services
+from millrace.wiring import open_dispatcher, open_services
 
 collect_ignore_glob = ["stories/*", "differences*.py", "serving.py"]  # scripts, run by tests
 API = "/api/2.0/mlflow"
@@ -34,7 +33,7 @@ class Api:
     """MLflow's routes over a home, served by a thread."""
 
     def __init__(self, home: Path) -> None:
-        self.dispatcher = Dispatcher(open_services(str(home)))
+        self.dispatcher = open_dispatcher(str(home))
         self.services = self.dispatcher.services
         app = Starlette(routes=mlflow_routes(self.dispatcher))
         self._listener = socket.create_server(("127.0.0.1", 0))

@@ -14,11 +14,12 @@ from millrace.core.operations import (
     projects,
     registry,
     runs,
+    users,
     works,
 )
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, backup, audit)
+    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, users, backup, audit)
     for operation in module.OPERATIONS
 }

@@ -41,7 +41,7 @@ INDEXES = (
     ("data_keys", ("data_subject",)),
     ("audit_heads", ("size",)),
 )
-OF_EVENTS = (("at", "id"), ("actor", "at", "id"), ("verb", "at", "id"))
+OF_EVENTS = (("subject", "seq"), ("at", "id"), ("actor", "at", "id"), ("verb", "at", "id"))
 
 
 def upgrade() -> None:
@@ -58,6 +58,7 @@ def upgrade() -> None:
         )
     for table, names in INDEXES:
         op.create_index(f"ix_{table}_{'_'.join(names)}", table, list(names))
+    op.drop_index("ix_events_subject_seq", "events")
     sealed = sa.text("seq IS NOT NULL")
     for names in OF_EVENTS:
         name = f"ix_events_{'_'.join(names)}"
@@ -68,5 +69,6 @@ def downgrade() -> None:
     """Drop them."""
     for names in OF_EVENTS:
         op.drop_index(f"ix_events_{'_'.join(names)}", "events")
+    op.create_index("ix_events_subject_seq", "events", ["subject", "seq"])
     for name in TABLES:
         op.drop_table(name)
