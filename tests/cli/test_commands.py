@@ -48,6 +48,8 @@ NOUNS = {
     "approvals": {"list", "approve", "refuse"},
     "approval-rules": {"list", "set", "delete"},
     "quotas": {"list", "set"},
+    "keys": {"list", "rotate", "drop", "erase"},
+    "secrets": {"list", "set", "rotate", "delete"},
     "privacy": {"export", "erase"},
     "system": {"gc", "du", "migrate", "backup", "backups", "verify", "restore", "drill", "prune", "audit"},
 }

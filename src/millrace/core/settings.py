@@ -42,6 +42,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="records_url", type=str, default="", summary="postgresql://… for the records; default: in the home."),
     Setting(name="blobs_url", type=str, default="", summary="s3://…, gs://… or az://… for blobs; default: the home."),
+    Setting(
+        name="encryption_key",
+        type=str,
+        default="",
+        summary="Encrypts blobs: file:PATH, env:NAME or command:PROGRAM ARGS, which give the key of keys.",
+    ),
     Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),
     Setting(name="heartbeat_timeout_s", type=float, default=60.0, summary="A step silent for so long is hung."),
     Setting(

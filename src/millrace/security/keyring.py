@@ -88,6 +88,7 @@ class Keyring:
         self._may_make = may_make
         self._lock = threading.RLock()
         self._seen: tuple[object, ...] = ()
+        self._fetched = b""  # of a variable, which may be gone by now, or a command, which takes its time
         self._keys: dict[str, bytes] = {}
         self._ring = KeyRing(current="", keys=())
 
@@ -143,7 +144,7 @@ class Keyring:
         """
         try:
             raw = base64.b64decode(wrapped, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise CorruptError(f"the key of {context} is not base64") from error
         return envelope.unwrap(self._find(kek), raw, context)
 
@@ -221,7 +222,7 @@ class Keyring:
         with self._lock:
             self._refresh()
             if id not in self._keys and self._kind == "command":
-                self._seen = ()  # it may have been rotated since
+                self._seen, self._fetched = (), b""  # it may have been rotated since
                 self._refresh()
             if id not in self._keys:
                 raise NotFoundError(f"the key {id[:40]!r} that this was encrypted with is not here", hint=_HINT)
@@ -235,7 +236,8 @@ class Keyring:
         if self.file is not None:
             ring = _read(self.file) or self._make(self.file)
         else:
-            ring = _parse(self._fetch(), f"{self._kind}:…")
+            self._fetched = self._fetched or self._fetch()
+            ring = _parse(self._fetched, f"{self._kind}:…")
         own = _read(self._own) if self.file != self._own else None
         known = {one.id for one in ring.keys}
         others = tuple(one for one in own.keys if one.id not in known) if own else ()
@@ -282,7 +284,7 @@ def _parse(raw: bytes, where: str) -> KeyRing:
         try:
             ring = msgspec.json.decode(raw, type=KeyRing)
             keys = {one.id: base64.b64decode(one.key, validate=True) for one in ring.keys}
-        except (msgspec.MsgspecError, binascii.Error):
+        except (msgspec.MsgspecError, ValueError):
             raise InputError(f"{where} holds no ring of keys", hint=_HINT) from None
         if ring.current not in keys or any(
             len(key) != envelope.KEY_BYTES or key_id(key) != id for id, key in keys.items()

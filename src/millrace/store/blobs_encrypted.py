@@ -1,4 +1,4 @@
-"""Blobs whose bytes are encrypted where they lie: people see digests of plain bytes, the store below those of ciphertext.
+"""Blobs that are encrypted where they lie: people see digests of plain bytes, the store below those of ciphertext.
 
 A record `DataKey` leads from one to the other and holds the blob's own key, wrapped. Blobs from before encryption was
 switched on have none, and are read as they are. Losing a `DataKey` is losing the blob: that is what erasing is.
@@ -151,7 +151,7 @@ class EncryptedBlobs:
         key = self._found(digest)
         self._cache.forget(digest)
         if key is None:
-            return self.inner.delete(digest)
+            return self._is_free(digest) and self.inner.delete(digest)
         has_gone = self.inner.delete(key.stored)
         self._forget(key)
         return has_gone
@@ -188,7 +188,9 @@ class EncryptedBlobs:
         """Put it aside; its key stays, for whoever asks for it brings it back."""
         key = self._found(digest)
         self._cache.forget(digest)
-        return self.inner.discard(digest if key is None else key.stored)
+        if key is None:
+            return self._is_free(digest) and self.inner.discard(digest)
+        return self.inner.discard(key.stored)
 
     def discarded(self) -> Iterator[tuple[Artifact, float]]:
         """What was put aside, and when."""
@@ -200,7 +202,7 @@ class EncryptedBlobs:
         """Delete what was put aside, and its key; False when it was brought back, or purged, meanwhile."""
         key = self._found(digest)
         if key is None:
-            return self.inner.purge(digest)
+            return self._is_free(digest) and self.inner.purge(digest)
         if not self.inner.purge(key.stored):
             return False
         self._cache.forget(digest)
@@ -288,7 +290,8 @@ class EncryptedBlobs:
             if self._keep(digest, size, stored, secret, old):
                 if old is not None and old.stored != stored:
                     self.inner.delete(old.stored)
-                self.inner.delete(digest)  # a plain one, from before
+                if self._is_free(digest):
+                    self.inner.delete(digest)  # a plain one, from before
                 return digest, size
         raise ConflictError(f"others store and remove {digest} again and again")
 
@@ -303,13 +306,10 @@ class EncryptedBlobs:
             subject = old.data_subject if old is not None and old.wrapped else ""
             key = DataKey(
                 id=digest, stored=stored, wrapped=wrapped, kek=kek, size_bytes=size, data_subject=subject,
-                created_at=self._records_now(old),
+                created_at=old.created_at if old is not None else 0.0,
             )  # fmt: skip
             transaction.put(key, present.version if present else 0)
         return True
-
-    def _records_now(self, old: DataKey | None) -> float:
-        return old.created_at if old is not None else 0.0
 
     # ------------------------------------------------------------------ reading
 
@@ -326,6 +326,10 @@ class EncryptedBlobs:
         if key is not None and not key.wrapped:
             raise NotFoundError(f"the blob {digest} was erased", hint="its key was thrown away: nothing brings it back")
         return key
+
+    def _is_free(self, digest: str) -> bool:
+        """Whether the store below may lose this: the bytes somebody stores may be the ciphertext of another blob."""
+        return not self._records.find(DataKey, {"stored": digest}, limit=1)
 
     def _by_stored(self) -> dict[str, DataKey]:
         return {key.stored: key for key in self._records.find(DataKey) if key.wrapped}

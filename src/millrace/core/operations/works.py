@@ -30,6 +30,11 @@ class WorkOrder(Struct, frozen=True, kw_only=True):
     project_tree: Artifact | None
     token: str
     silence_s: float
+    secrets: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        """Without the token and the values."""
+        return f"WorkOrder({self.id!r}, attempt={self.attempt})"
 
 
 class ReportRequest(Request, frozen=True, kw_only=True):
