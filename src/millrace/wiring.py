@@ -51,6 +51,10 @@ HANDLER_MODULES = (
     "millrace.control.works",
     "millrace.control.approvals",
     "millrace.control.quotas",
+    "millrace.control.keys",
+    "millrace.control.secrets",
+    "millrace.control.users",
+    "millrace.control.roles",
 )
 
 
@@ -89,13 +93,20 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
             publish(records, clock, str(folder), own.key_id, own.public_key())
         return records
 
+    def open_blobs() -> Blobs:
+        inner = open_blobs_at(settings["blobs_url"].value)
+        source = settings["encryption_key"].value
+        if not source and not services.is_used:
+            return inner
+        return extras.load("millrace.control.keys:protect")(inner, services.records, folder, source)
+
     services = Services(
         home=folder,
         clock=clock,
         stages=STAGES,
         settings=settings,
         open_records=open_records,
-        open_blobs=lambda: open_blobs_at(settings["blobs_url"].value),
+        open_blobs=open_blobs,
         open_compute=open_compute,
         open_signer=open_signer,
         open_records_at=open_records_at,
@@ -255,4 +266,16 @@ def execute(work: Work, link: Any) -> dict[str, Any]:
     os.environ.setdefault("MILLRACE_HOME", work.home_dir)
     run_stage = extras.load("millrace.compute.worker:run_stage")
     home = Path(work.home_dir)
-    return run_stage(work, link, _open_blobs(home, resolve_settings(home=home)["blobs_url"].value))
+    settings = resolve_settings(home=home)
+    inner, source = _open_blobs(home, settings["blobs_url"].value), settings["encryption_key"].value
+    if not source:
+        return run_stage(work, link, inner)
+    records = _open_records(home, settings["records_url"].value)
+    try:
+        blobs = extras.load("millrace.control.keys:protect")(inner, records, home, source)
+        kind, _, name = source.partition(":")
+        if kind == "env":
+            os.environ.pop(name, None)  # read by now; what the step starts need not have it
+        return run_stage(work, link, blobs)
+    finally:
+        records.close()

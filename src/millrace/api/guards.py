@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from millrace.api import sessions
 from millrace.api.problems import problem
 from millrace.control.authorisation import acting_as, authenticate, bearer
 from millrace.control.services import Services
+from millrace.control.sign_in import authenticate_session
 from millrace.core.errors import MillraceError, UnauthenticatedError
 from millrace.core.principals import Principal
+from millrace.core.types import Session
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login", "/login/oidc", "/login/callback", "/login/token"})
+OPEN_PREFIX = "/static/"  # the same bytes for everybody
 
 
 class HostGuard:
@@ -59,7 +64,7 @@ class HostGuard:
 
 
 class Authenticated:
-    """Finds out who is asking, by a bearer token. What they may do is decided in dispatch.
+    """Finds out who is asking, by a bearer token or a session's cookie. What they may do is decided in dispatch.
 
     Args:
         app: What comes next.
@@ -72,21 +77,43 @@ class Authenticated:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
             await self._app(scope, receive, send)
             return
         try:
-            principal = await self._principal(scope)
+            principal, session = await self._principal(scope)
+            if session is not None and scope["method"] not in SAFE_METHODS:
+                receive = await sessions.with_csrf_checked(scope, receive, session)
+        except UnauthenticatedError as error:
+            await _refused(Request(scope), error)(scope, receive, send)
+            return
         except MillraceError as error:
             await problem(error)(scope, receive, send)
             return
-        with acting_as(principal):
+        with acting_as(principal), sessions.using(session):
             await self._app(scope, receive, send)
 
-    async def _principal(self, scope: Scope) -> Principal | None:
+    async def _principal(self, scope: Scope) -> tuple[Principal | None, Session | None]:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         if len(given) == 1 and (self._is_required or given[0][:7].lower() == "bearer "):
-            return await run_in_threadpool(authenticate, self._services, bearer(given[0]))
-        if self._is_required:
+            return await run_in_threadpool(authenticate, self._services, bearer(given[0])), None
+        if not self._is_required:
+            return None, None
+        request = Request(scope)
+        secret = sessions.cookie(request, sessions.SESSION)
+        if given or not secret:
             raise UnauthenticatedError(f"this server wants one Authorization header, got {len(given)}")
-        return None
+        # What a page asks for by itself does not keep its session open.
+        is_used = request.headers.get("sec-fetch-dest") != "empty" or scope["method"] not in SAFE_METHODS
+        return await run_in_threadpool(authenticate_session, self._services, secret, is_used=is_used)
+
+
+def _refused(request: Request, error: UnauthenticatedError) -> Response:
+    """A browser that asks for a page is led to where people sign in."""
+    if "text/html" not in request.headers.get("accept", "") or "authorization" in request.headers:
+        return problem(error)
+    place = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    wanted = sessions.safe_next(place) if request.method == "GET" else "/"
+    target = "/login" if wanted == "/" else f"/login?{urlencode({'next': wanted})}"
+    return RedirectResponse(target, 303, headers={"Cache-Control": "no-store"})

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from millrace.cli import audit_verbs, backup_verbs
+from millrace.cli import audit_verbs, backup_verbs, secret_verbs, user_verbs
 from millrace.cli.derive import derive_command, json_option, plural, print_answer
 from millrace.cli.session import Session
 from millrace.core.errors import DeniedError
@@ -23,9 +23,19 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "approval": ("list", "approve", "refuse"),
     "approval_rule": ("list", "set", "delete"),
     "quota": ("list", "set"),
+    "key": ("list", "rotate", "drop"),
+    "secret": ("list", "delete"),
+    "user": ("list", "get", "disable_totp", "disable", "enable", "who_can"),
+    "role": ("list", "create", "delete", "bindings", "grant", "revoke"),
 }
-_TABLES = {"approval": "render_rows", "approval_rule": "render_rows", "quota": "render_rows"}
-_RENDERERS = {("token", "create"): "render_created_token"}
+_TABLES = {"approval": "render_rows", "approval_rule": "render_rows", "quota": "render_rows",
+           "key": "render_rows", "secret": "render_rows", "user": "render_rows", "role": "render_rows"}  # fmt: skip
+_RENDERERS = {
+    ("token", "create"): "render_created_token",
+    ("user", "get"): "render_value",
+    ("user", "who_can"): "render_rows",
+    ("role", "bindings"): "render_rows",
+}
 _SUMMARIES = {
     "run": "Runs: what was executed, with every step.",
     "project": "Projects: what runs belong to.",
@@ -36,8 +46,15 @@ _SUMMARIES = {
     "approval": "Promotions that wait for a second person.",
     "approval_rule": "Which promotions want a second person.",
     "quota": "What projects may use.",
+    "key": "Keys of keys: what blobs and secrets are encrypted with.",
+    "secret": "Secrets: values that only steps see which name them.",
+    "user": "Users and service accounts; who may do what.",
+    "role": "Roles: built in, your own, and who has which.",
     "token": "Tokens: what clients and workers prove themselves with.",
 }
+
+
+_OWN_VERBS = {"user": user_verbs.COMMANDS, "secret": secret_verbs.SECRETS, "key": secret_verbs.KEYS}
 
 
 def groups() -> list[click.Group]:
@@ -61,9 +78,11 @@ def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
     group.params.append(click.Option(["--limit"], type=int, default=100, show_default=True, help="At most so many."))
     json_option(group)
     for verb in verbs:
-        name = "show" if verb == "get" else verb
-        renderer = show if verb == "list" else f"render_{noun}" if verb == "get" else _RENDERERS.get((noun, verb))
+        name = "show" if verb == "get" else verb.replace("_", "-")
+        renderer = _RENDERERS.get((noun, verb), show if verb == "list" else f"render_{noun}" if verb == "get" else None)
         group.add_command(derive_command(OPERATIONS[f"{noun}.{verb}"], name, renderer))
+    for command in _OWN_VERBS.get(noun, ()):
+        group.add_command(command)
     return group
 
 

@@ -61,11 +61,11 @@ class Session:
             self._transport = self._open_transport(self.home, embedded=self.embedded)
         return self._transport
 
-    def call(self, operation: str, **body: Any) -> Any:
+    def call(self, operation: str, /, **body: Any) -> Any:
         """Run an operation; absent arguments (None) take the operation's defaults."""
         return self.transport.call(operation, {key: value for key, value in body.items() if value is not None})
 
-    def stream(self, operation: str, **body: Any) -> Iterator[Any]:
+    def stream(self, operation: str, /, **body: Any) -> Iterator[Any]:
         """Run a streaming operation."""
         return self.transport.stream(operation, {key: value for key, value in body.items() if value is not None})
 

@@ -64,9 +64,10 @@ class Tracker:
         """Tags of the run."""
         self._transport.call("run.log", {"run": self.id, "tags": tags})
 
-    def log_artifact(self, path: str | Path, name: str | None = None) -> str:
-        """Keep a file or folder; its digest."""
+    def log_artifact(self, path: str | Path, name: str | None = None, *, data_subject: str = "") -> str:
+        """Keep a file or folder; its digest. With `data_subject`, `millrace keys erase` makes it unreadable."""
         body = {"run": self.id, "name": name or Path(path).name, "path": str(Path(path).absolute())}
+        body |= {"data_subject": data_subject} if data_subject else {}
         return self._transport.call("run.artifact", body).outputs[body["name"]].digest
 
     def flush(self) -> None:

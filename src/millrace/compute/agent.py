@@ -117,7 +117,7 @@ class Agent:
                 return f"lost: {error.message}"
             except MillraceError as error:  # its files cannot be had, or not be written
                 return reporter.tell_end(WorkResult(state="failed", error=error.to_dict()))
-            handle = self._compute.submit(work, reporter.take)
+            handle = self._compute.submit(work, reporter.take, order.secrets)
             return self._follow(handle, reporter)
         finally:
             server.close()

@@ -24,6 +24,11 @@ class Order(Struct, frozen=True, kw_only=True, tag="order"):
     work: Work
     environment: dict[str, str] = {}
     import_path: list[str] = []
+    secrets: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        """Without values."""
+        return f"Order(work={self.work.name!r})"
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):

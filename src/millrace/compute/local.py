@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -80,7 +80,9 @@ class LocalCompute:
         """What this process may use now."""
         return machine_capacity()
 
-    def submit(self, work: Work, on_frame: Callable[[Frame], None]) -> LocalHandle:
+    def submit(
+        self, work: Work, on_frame: Callable[[Frame], None], secrets: Mapping[str, str] | None = None
+    ) -> LocalHandle:
         """Start a work; returns before the worker has been forked.
 
         `on_frame` gets every frame in order from one thread; the last one is the result if the worker has sent one.
@@ -99,6 +101,7 @@ class LocalCompute:
                 ours.close()
                 raise
             handle = LocalHandle(self, work, birth, Channel(ours), on_frame)
+            handle.secrets = dict(secrets or {})
             self._works.add(handle)
             if self._watcher is None:
                 self._watcher = threading.Thread(target=self._watch, name="millrace limits", daemon=True)
@@ -139,9 +142,11 @@ class LocalCompute:
         with self._changed:
             self._works.discard(handle)
 
-    def _order(self, work: Work) -> Order:
+    def _order(self, work: Work, secrets: Mapping[str, str]) -> Order:
         path = [os.path.abspath(folder) for folder in sys.path]
-        return Order(entry=self._entry, work=work, environment=dict(os.environ), import_path=path)
+        return Order(
+            entry=self._entry, work=work, environment=dict(os.environ), import_path=path, secrets=dict(secrets)
+        )
 
 
 class LocalHandle:
@@ -152,6 +157,7 @@ class LocalHandle:
     ) -> None:
         self._compute, self._work, self._birth, self._channel = compute, work, birth, channel
         self._on_frame = on_frame
+        self.secrets: dict[str, str] = {}  # until the worker has them
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._result: WorkResult | None = None
@@ -265,7 +271,8 @@ class LocalHandle:
                 self._group.add(pid)
         self._watch.started_at = time.monotonic()
         self._watch.beat()
-        self._channel.send(self._compute._order(self._work))
+        self._channel.send(self._compute._order(self._work, self.secrets))
+        self.secrets = {}
         with self._lock:
             self._started = started
             if self._is_cancelled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,16 @@ class RemoteCompute:
         """This machine's: how many workers will ask is not known."""
         return self._home.capacity()
 
-    def submit(self, work: Work, on_frame: Callable[[Frame], None]) -> WorkHandle:
-        """Let a work wait for a worker.
+    def submit(
+        self, work: Work, on_frame: Callable[[Frame], None], secrets: Mapping[str, str] | None = None
+    ) -> WorkHandle:
+        """Let a work wait for a worker, which gets its secrets when it claims it: they are not stored with it.
 
         Raises:
             UnavailableError: This compute is closed.
         """
         if work.implementation in self._stays_home:
-            return self._home.submit(work, on_frame)
+            return self._home.submit(work, on_frame, secrets)
         with self._lock:
             if self._is_closed:
                 raise UnavailableError("this compute is closed: no work can be submitted to it")

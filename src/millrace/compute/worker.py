@@ -13,13 +13,14 @@ import traceback
 from io import TextIOWrapper
 from pathlib import Path
 from socket import socket
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import msgspec
 import numpy as np
 import numpy.random  # numpy imports it lazily: 25 ms in every worker, if not in the fork server
 
 from millrace.compute.faults import describe_exception
+from millrace.compute.held_secrets import FilteredLog, harden
 from millrace.compute.limits import thread_environment
 from millrace.compute.link import Channel, Order
 from millrace.compute.outbox import WorkerLink, end_session, peak_bytes
@@ -27,11 +28,19 @@ from millrace.compute.processes import die_with_parent
 from millrace.core import extras
 from millrace.core.errors import CancelledError, NotFoundError, StageError
 from millrace.core.ports import StepBlobs, Work, WorkResult
+from millrace.core.redaction import Redactor
 from millrace.core.spec import Spec
 from millrace.core.spec_errors import decode_hook
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact
 
 __all__ = ["WorkerContext", "WorkerLink", "run_stage", "run_worker"]
+
+
+class _Held:
+    """Secrets of the one work that this process does."""
+
+    values: ClassVar[dict[str, str]] = {}
+    hide: ClassVar[Redactor] = Redactor(())
 
 
 class WorkerContext:
@@ -97,6 +106,20 @@ class WorkerContext:
         """Remove the scratch folder; after success the checkpoints with it."""
         shutil.rmtree(self._scratch.parent if has_succeeded else self._scratch, ignore_errors=True)
 
+    def secret(self, name: str) -> str:
+        """The value of a secret that the spec names for this step.
+
+        Raises:
+            NotFoundError: The step does not name it.
+        """
+        if name not in _Held.values:
+            named = ", ".join(sorted(_Held.values)) or "none"
+            raise NotFoundError(
+                f"step {self._work.name} has no secret {name!r}",
+                hint=f"name it under `secrets` of the step, which names {named}",
+            )
+        return _Held.values[name]
+
     def has_input(self, name: str) -> bool:
         """Whether an optional input was given."""
         return name in self._work.inputs
@@ -125,11 +148,11 @@ class WorkerContext:
 
     def log_metric(self, name: str, value: float, step: int = 0) -> None:
         """Record one point; cheap, sent in batches."""
-        self._link.log_metric(name, value, step)
+        self._link.log_metric(_Held.hide.text(name), value, step)
 
     def progress(self, done: float, total: float, text: str = "") -> None:
         """Say how far the step is; at most ten times a second are sent, always the newest."""
-        self._link.progress(done, total, text)
+        self._link.progress(done, total, _Held.hide.text(text))
 
 
 def run_stage(work: Work, link: WorkerLink, blobs: StepBlobs) -> dict[str, Any]:
@@ -170,30 +193,42 @@ def run_worker(descriptor: int, parent: int) -> NoReturn:
     order = channel.receive()
     if not isinstance(order, Order):  # the driver is gone, or has changed its mind
         os._exit(0)
+    log = _hold_secrets(order)
     link = WorkerLink(channel, order.work)
     signal.signal(signal.SIGTERM, link.cancel)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})  # held by the fork server
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     link.start()
-    result = _work(order, link)
+    result = _work(order, link, log)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk, or closed by the step
             stream.flush()
+    if log is not None:
+        log.finish()
     if not link.finish(result):
         end_session()
     os._exit(0)
 
 
-def _work(order: Order, link: WorkerLink) -> WorkResult:
-    work = order.work
+def _hold_secrets(order: Order) -> FilteredLog | None:
+    """Before there are threads: what hides the values in the log is forked from here."""
+    if not order.secrets:
+        return None
+    harden()
+    _Held.values, _Held.hide = order.secrets, Redactor(order.secrets.values())
+    return FilteredLog(Path(order.work.log_path) if order.work.log_path else Path(os.devnull), order.secrets)
+
+
+def _work(order: Order, link: WorkerLink, log: FilteredLog | None) -> WorkResult:
+    work, hide = order.work, _Held.hide
     try:
-        _set_up(order)
-        facts = _plain(extras.load(order.entry)(work, link), work)
+        _set_up(order, log)
+        facts = hide.plain(_plain(extras.load(order.entry)(work, link), work))
     except BaseException as error:  # noqa: BLE001 - the border: whatever the step does becomes a result
         with contextlib.suppress(OSError):  # the log's disk may be the full one
             traceback.print_exception(error)
         if not link.cancelled:
-            return WorkResult(state="failed", error=_described(error, work), peak_rss_bytes=peak_bytes())
+            return WorkResult(state="failed", error=hide.plain(_described(error, work)), peak_rss_bytes=peak_bytes())
         facts = {}
     if link.cancelled:
         error = CancelledError(f"step {work.name} was cancelled").to_dict()
@@ -209,11 +244,11 @@ def _described(error: BaseException, work: Work) -> dict[str, Any]:
         return {**described, "details": {"log": work.log_path, "text": repr(described["details"])}}
 
 
-def _set_up(order: Order) -> None:
+def _set_up(order: Order, log: FilteredLog | None) -> None:
     """Log, folder, environment, threads, seeds: as if the work had been started from the driver alone."""
     work = order.work
-    _redirect(Path(work.log_path) if work.log_path else Path(os.devnull))
-    faulthandler.enable(sys.stderr)
+    _redirect(Path(work.log_path) if work.log_path else Path(os.devnull), None if log is None else log.input)
+    faulthandler.enable(sys.stderr if log is None else log.raw)  # it writes places in code, no values
     kept = {name: value for name, value in os.environ.items() if name.startswith(("MILLRACE_FORK", "PYTHONHASHSEED"))}
     os.environ.clear()
     os.environ.update({**order.environment, **kept, **thread_environment(work.threads)})
@@ -234,15 +269,21 @@ def _limit_loaded_libraries(threads: int) -> None:
         pools.threadpool_limits(limits=threads)
 
 
-def _redirect(path: Path) -> None:
-    """Standard output and error to the end of the log, unbuffered by line; standard input from nowhere."""
+def _redirect(path: Path, pipe: int | None = None) -> None:
+    """Standard output and error to the end of the log, or into a pipe; standard input from nowhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if pipe is None else os.dup(pipe)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     os.close(log)
     os.close(nothing)
+    if pipe is not None:  # the streams were made for a file, in which one can seek
+        sys.stdout, sys.stderr = (
+            open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+            for number in (1, 2)
+        )
+        return
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.control.heads import merged, statement_digest, stored_heads
+from millrace.control.heads import head_digest, merged, statement_digest, stored_heads
 from millrace.core.errors import CorruptError, UntrustedError
 from millrace.core.operations.audit import AuditBreak, AuditReport, SignedHead
 from millrace.core.ports import Verifier
@@ -57,7 +57,7 @@ class _Checking:
         self._matched = 0  # the size of the last head whose chain was right
         self._is_rewritten = False
         self._check_heads(stored, published)
-        self._heads = [head for head in merged(stored, published) if self._is_signed(verifier, head)]
+        self._heads = self._signed(verifier, merged(stored, published))
 
     def end(self, records: SqlRecords) -> tuple[int, str]:
         """The number and the digest of the event that was sealed last."""
@@ -147,12 +147,22 @@ class _Checking:
                     size + 1, head.size, "head",
                     f"a signed head between those over {size} and {head.size} events is gone, or one is altered",
                 )  # fmt: skip
-            digest, size = statement_digest(head), head.size
-        kept = {statement_digest(head) for head in stored}
+            digest, size = head_digest(head), head.size
+        kept = {head_digest(head) for head in stored}
         for head in merged(published):
-            if statement_digest(head) not in kept:
+            if head_digest(head) not in kept:
                 text = f"the head over {head.size} events that was published is not stored any more"
                 self._break(head.size, head.size, "head", text)
+
+    def _signed(self, verifier: Verifier, heads: list[SignedHead]) -> list[SignedHead]:
+        """Those that a trusted key has signed; a head that a signed one names needs no signature looked at."""
+        found: list[SignedHead] = []
+        named: set[str] = set()
+        for head in reversed(heads):
+            if head_digest(head) in named or self._is_signed(verifier, head):
+                found.append(head)
+                named.add(head.previous)
+        return found[::-1]
 
     def _is_signed(self, verifier: Verifier, head: SignedHead) -> bool:
         try:

@@ -13,9 +13,16 @@ from millrace.control.services import Services
 from millrace.core.errors import DeniedError, UnauthenticatedError
 from millrace.core.operations import Operation
 from millrace.core.principals import PREFIX_CHARACTERS, Grant, Principal, RoleRule, token_id
-from millrace.core.types import TREE_MEDIA_TYPE, Role, Token, WorkItem
+from millrace.core.types import TREE_MEDIA_TYPE, Role, RoleBinding, Token, User, WorkItem
 
 LAST_USED_EVERY_S = 60.0
+# What everybody who signs in may do, to themselves alone: the handlers see to that. No one can be granted it.
+SELF = "self"
+SELF_RULE = RoleRule(
+    description="oneself",
+    allow=("user.get", "user.set_password", "user.prepare_totp", "user.enable_totp", "user.disable_totp",
+           "token.create", "token.list", "token.revoke"),
+)  # fmt: skip
 _SCOPE: ContextVar[frozenset[str] | None] = ContextVar("millrace_scope", default=None)
 _ACTING: ContextVar[Principal | None] = ContextVar("millrace_principal", default=None)
 
@@ -70,10 +77,43 @@ def authenticate(services: Services, secret: str) -> Principal:
             stored = transaction.get(Token, token.id)
             if stored is not None:
                 transaction.put(msgspec.structs.replace(stored, last_used_at=now), stored.version)
+    within = tuple(Grant.parse(scope) for scope in token.scopes)
+    if token.user_name:
+        user = services.records.get(User, token.user_name)
+        return user_principal(services, user, token=token.name, within=within or None)
+    return Principal(id=f"token:{token.name}", grants=within, work_id=token.work_id, custom=custom_roles(services))
+
+
+def user_principal(
+    services: Services, user: User | None, *, token: str = "", within: tuple[Grant, ...] | None = None
+) -> Principal:
+    """Somebody who has proved who they are: what they and their groups have been granted.
+
+    Args:
+        services: The home.
+        user: Who.
+        token: The name of the token that acts for them; events name it too.
+        within: The token's scopes; None: all that the user may.
+
+    Raises:
+        UnauthenticatedError: There is no such user any more, or they are disabled.
+    """
+    if user is None or user.disabled_at is not None:
+        raise UnauthenticatedError("whoever this acts for is not known here, or is disabled")
+    names = [f"user:{user.name}", *(f"group:{group}" for group in user.groups)]
+    bindings = services.records.find(RoleBinding, {"principal": names})
+    granted = sorted({(binding.role, binding.where) for binding in bindings})
     return Principal(
-        id=f"token:{token.name}", grants=tuple(Grant.parse(scope) for scope in token.scopes), work_id=token.work_id,
-        custom=custom_roles(services),
+        id=f"user:{user.name}/token:{token}" if token else f"user:{user.name}",
+        grants=(*(Grant(role=role, where=where) for role, where in granted), Grant(role=SELF)),
+        within=within, custom=((SELF, SELF_RULE), *custom_roles(services)),
     )  # fmt: skip
+
+
+def is_over_others(principal: Principal, operation: Operation) -> bool:
+    """Whether it may do this to others, not to itself alone."""
+    others = msgspec.structs.replace(principal, grants=tuple(grant for grant in principal.grants if grant.role != SELF))
+    return bool(others.where(operation.name, operation.is_write))
 
 
 def custom_roles(services: Services) -> tuple[tuple[str, RoleRule], ...]:

@@ -171,7 +171,13 @@ def commit_endpoint(services: Services, transaction: Transaction, run: Run, spec
     return step
 
 
+def store_signature(services: Services, outputs: Mapping[str, Artifact]) -> None:
+    """Before the transaction: encrypted blobs write a record of their own. In it, the same bytes are there already."""
+    services.blobs.put(services.signer.sign(outputs["bundle"].digest), media_type="application/json")
+
+
 Prepare = Callable[[Services, Spec, Mapping[str, str], Mapping[str, Step]], Preparation]
 Commit = Callable[[Services, Transaction, Run, Spec, Step], Step]
 PREPARATIONS: dict[str, Prepare] = {"register": prepare_register}
+BEFORE_COMMITS: dict[str, Callable[[Services, Mapping[str, Artifact]], None]] = {"register": store_signature}
 COMMITS: dict[str, Commit] = {"data": commit_dataset, "register": commit_model, "serve": commit_endpoint}

@@ -56,6 +56,11 @@ def statement_digest(head: SignedHead) -> str:
     )  # fmt: skip
 
 
+def head_digest(head: SignedHead) -> str:
+    """What the next head names as the one before: its digest, the signature too."""
+    return digest_json(head)
+
+
 def as_signed(head: AuditHead) -> SignedHead:
     """A stored head as it is published."""
     return SignedHead(
@@ -164,7 +169,7 @@ class Extension:
         before = as_signed(self.last) if self.last else None
         unsigned = SignedHead(
             size=self.size, root=self._tree.root().hex(), chain=self.chain, at=services.clock.now(),
-            previous=statement_digest(before) if before else "", signature="",
+            previous=head_digest(before) if before else "", signature="",
         )  # fmt: skip
         signature = services.signer.sign(statement_digest(unsigned)).decode()
         with self._records.transaction() as transaction:
@@ -259,5 +264,5 @@ def as_line(head: AuditHead) -> bytes:
 
 def merged(*lists: Iterable[SignedHead]) -> list[SignedHead]:
     """Heads of several places, once each, the smallest first."""
-    found = {(statement_digest(head), head.signature): head for heads in lists for head in heads}
+    found = {head_digest(head): head for heads in lists for head in heads}
     return sorted(found.values(), key=lambda head: (head.size, head.at))

@@ -49,11 +49,12 @@ def _copy_records(services: Services, url: str) -> tuple[int, str]:
 
 
 def _copy_blobs(services: Services, url: str) -> int:
-    """Every blob, verified by its digest on the way; what is there already is not sent again."""
+    """Every blob as it is stored, encrypted or not, verified by its digest; what is there already is not sent again."""
+    source: Blobs = services.open_blobs_at(services.setting("blobs_url"))
     target: Blobs = services.open_blobs_at(url)
     count = 0
-    for artifact in services.blobs.list():
+    for artifact in source.list():
         if not target.exists(artifact.digest):
-            target.put(services.blobs.path(artifact.digest), artifact.media_type)
+            target.put(source.path(artifact.digest), artifact.media_type)
         count += 1
     return count

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.control.commits import COMMITS, PREPARATIONS, Preparation
+from millrace.control.commits import BEFORE_COMMITS, COMMITS, PREPARATIONS, Preparation
 from millrace.control.journal import Journal
 from millrace.control.planning import (
     USER_STAGE,
@@ -23,10 +23,12 @@ from millrace.control.planning import (
     plan_steps,
     resolve_device,
 )
+from millrace.control.secrets import key_parts, names_of, open_values
 from millrace.control.services import Services
 from millrace.core.errors import CancelledError, MillraceError, StageError, from_dict
 from millrace.core.operations.runs import RunEvent
 from millrace.core.ports import Frame, MetricsFrame, ProgressFrame, Transaction, Work, WorkHandle, WorkResult
+from millrace.core.redaction import Redactor
 from millrace.core.spec_errors import parse_spec
 from millrace.core.states import STEP_DONE_STATES
 from millrace.core.types import Artifact, Run, Step
@@ -181,7 +183,8 @@ class Driver:
 
     def _execute_step(self, plan: StepPlan, step: Step) -> None:
         inputs, params = self._inputs(plan), dict(plan.params)
-        parts = self._keys.parts(plan, inputs)
+        names = names_of(self._spec, plan.name, plan.stage)
+        parts = {**self._keys.parts(plan, inputs), **key_parts(self._services, self._run.project, names)}
         prepare = PREPARATIONS.get(plan.stage)
         if prepare is not None:
             prepared: Preparation = prepare(self._services, self._spec, parts, self._steps)
@@ -238,8 +241,10 @@ class Driver:
         params: Mapping[str, Any],
         parts: Mapping[str, str],
     ) -> None:
-        key = cache_key(parts)
+        key, names = cache_key(parts), names_of(self._spec, plan.name, plan.stage)
         home = self._services.home
+        if names and plan.stage == USER_STAGE:
+            params = {**params, "secrets": names}  # which a script finds in its environment
         log_path = home / "logs" / self._run.id / f"{plan.name}.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         started = self._services.clock.now()
@@ -257,20 +262,25 @@ class Driver:
             log_path=str(log_path), home_dir=str(home),
             memory_limit_bytes=parse_size(plan.memory) if plan.memory is not None else None,
             wall_time_s=parse_duration(plan.wall_time) if plan.wall_time is not None else None,
+            project=self._run.project, secrets=names,
         )  # fmt: skip
-        result = self._await(plan, work)
+        values = open_values(self._services, self._run.project, names)
+        hide = Redactor(values.values())
+        result = _hidden(self._await(plan, work, values, hide), hide)
         self._finish(plan, step, result, started)
 
-    def _await(self, plan: StepPlan, work: Work) -> WorkResult:
+    def _await(self, plan: StepPlan, work: Work, secrets: Mapping[str, str], hide: Redactor) -> WorkResult:
         def on_frame(frame: Frame) -> None:
             if isinstance(frame, MetricsFrame):
-                self._services.records.append_metrics(frame.points)
+                points = frame.points
+                if hide:
+                    points = [msgspec.structs.replace(one, name=hide.text(one.name)) for one in points]
+                self._services.records.append_metrics(points)
             elif isinstance(frame, ProgressFrame):
-                self._emit(
-                    RunEvent(kind="progress", step=plan.name, text=frame.text, done=frame.done, total=frame.total)
-                )
+                text = hide.text(frame.text)
+                self._emit(RunEvent(kind="progress", step=plan.name, text=text, done=frame.done, total=frame.total))
 
-        handle = self._services.compute(self._preload()).submit(work, on_frame)
+        handle = self._services.compute(self._preload()).submit(work, on_frame, secrets)
         with self._lock:
             self._handles[plan.name] = handle
         if self._cancelled.is_set():
@@ -289,7 +299,9 @@ class Driver:
         if result.state == "failed":
             raise from_dict(result.error or StageError(f"step {plan.name} failed").to_dict())
         now = self._services.clock.now()
-        commit = COMMITS.get(plan.stage)
+        commit, before = COMMITS.get(plan.stage), BEFORE_COMMITS.get(plan.stage)
+        if before is not None:
+            before(self._services, result.outputs)
 
         def apply(transaction: Transaction, changed: Step) -> Step:
             return commit(self._services, transaction, self._run, self._spec, changed) if commit else changed
@@ -303,6 +315,13 @@ class Driver:
         for name, step in self._steps.items():
             if step.state == "pending":
                 self._steps[name] = self._journal.step(step, "skipped")
+
+
+def _hidden(result: WorkResult, hide: Redactor) -> WorkResult:
+    """A worker hides values itself; what is said of one that has died is hidden here."""
+    if not hide:
+        return result
+    return msgspec.structs.replace(result, facts=hide.plain(result.facts), error=hide.plain(result.error))
 
 
 class LeaseOnWork:

@@ -9,6 +9,7 @@ import msgspec
 
 from millrace.control.approvals import person
 from millrace.control.dispatch import handles
+from millrace.control.keys import mark_subject
 from millrace.control.projects import ensure_project
 from millrace.control.quotas import check_runs, check_storage
 from millrace.control.runs import find_run
@@ -59,6 +60,8 @@ def keep_artifact(services: Services, body: ops.TrackArtifact) -> Step:
         raise NotFoundError(f"there is no file or folder {path}")
     check_storage(services, run.project, _size(path))
     artifact = services.blobs.put_tree(path) if path.is_dir() else services.blobs.put(path)
+    if body.data_subject:
+        mark_subject(services, artifact, body.data_subject)
     with services.records.transaction() as transaction:
         steps = [step for step in transaction.find(Step, {"run_id": run.id}) if step.name == "artifacts"]
         if steps:

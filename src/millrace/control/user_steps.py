@@ -65,6 +65,7 @@ def _run_script(script: str, values: dict[str, Any], project: str, ctx: Context)
         "MILLRACE_PARAMS": json.dumps(values),
         "MILLRACE_OUTPUT": str(output),
         "MILLRACE_PROJECT": project,
+        **{name: ctx.secret(name) for name in ctx.params.get("secrets", ())},
     }
     done = subprocess.run(command, cwd=ctx.project_dir, env=environment, check=False)
     if done.returncode != 0:

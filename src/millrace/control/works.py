@@ -7,6 +7,7 @@ import msgspec
 import millrace
 from millrace.control.dispatch import handles
 from millrace.control.drivers import live_lease
+from millrace.control.secrets import values_at_hand
 from millrace.control.services import Services
 from millrace.control.tokens import drop_work_tokens, make_work_token
 from millrace.core.errors import ConflictError, InputError, NotFoundError
@@ -47,9 +48,11 @@ def _claim(services: Services, work_id: str, worker: str) -> ops.WorkOrder | Non
         event = Event(at=now, actor=f"worker:{worker}", verb="work.claim", subject=f"run:{item.run_id}",
                       detail={"step": item.name, "attempt": claimed.attempt})  # fmt: skip
         transaction.append(event)
+    work = msgspec.convert(item.work, Work)
     return ops.WorkOrder(
-        id=work_id, attempt=claimed.attempt, work=msgspec.convert(item.work, Work), project_tree=item.project_tree,
-        token=secret, silence_s=services.setting("heartbeat_timeout_s"),
+        id=work_id, attempt=claimed.attempt, work=work, project_tree=item.project_tree, token=secret,
+        silence_s=services.setting("heartbeat_timeout_s"),
+        secrets=values_at_hand(services, work.project, work.secrets),
     )  # fmt: skip
 
 

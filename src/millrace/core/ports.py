@@ -232,6 +232,8 @@ class Work(Struct, frozen=True, kw_only=True):
     home_dir: str = ""
     memory_limit_bytes: int | None = None
     wall_time_s: float | None = None
+    project: str = "default"
+    secrets: tuple[str, ...] = ()  # their names; values never stand here
 
 
 class ProgressFrame(Struct, frozen=True, kw_only=True, tag="progress"):
@@ -317,8 +319,13 @@ class Compute(Protocol):
         """What is there."""
         ...
 
-    def submit(self, work: Work, on_frame: Callable[[Frame], None]) -> WorkHandle:
-        """Start a work; `on_frame` is called from one thread, in order, never after the result."""
+    def submit(
+        self, work: Work, on_frame: Callable[[Frame], None], secrets: Mapping[str, str] | None = None
+    ) -> WorkHandle:
+        """Start a work; `on_frame` is called from one thread, in order, never after the result.
+
+        `secrets` are the values of `work.secrets` by name: handed to the worker, stored nowhere.
+        """
         ...
 
     def close(self) -> None:
@@ -388,6 +395,10 @@ class Context(Protocol):
     @property
     def cancelled(self) -> bool:
         """True once the run is being cancelled: save a checkpoint and return."""
+        ...
+
+    def secret(self, name: str) -> str:
+        """The value of a secret that the spec names for this step."""
         ...
 
     def input(self, name: str) -> Path:

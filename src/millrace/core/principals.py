@@ -28,9 +28,9 @@ class RoleRule(Struct, frozen=True, kw_only=True):
 
 # Reads that show more than a project: of administration, or of paths and values of the machine.
 ADMIN = ("user.*", "role.*", "token.*", "quota.*", "approval_rule.*", "secret.*", "key.*", "audit.*", "system.*",
-         "work.*", "session.*")  # fmt: skip
+         "work.*", "session.*", "trusted_key.*")  # fmt: skip
 _WORKING = ("run.*", "project.create", "project.update", "blob.*", "tree.*", "dataset.*", "model.register",
-            "model.update", "version.update", "model.compress")  # fmt: skip
+            "model.update", "version.update", "model.compress", "endpoint.predict")  # fmt: skip
 _OPERATING = ("endpoint.*", "alert.*", "model.promote", "model.rollback", "approval.*")
 ROLES: dict[str, RoleRule] = {
     OWNER: RoleRule(description="everything", allow=("*",)),
@@ -38,17 +38,18 @@ ROLES: dict[str, RoleRule] = {
         description="everything in a project, and who has which role there; nothing of the home as a whole",
         allow=("*",), deny=("system.migrate", "system.restore", "system.backup", "system.import_mlflow", "user.*",
                         "key.*", "audit.*", "work.*", "session.*", "approval_rule.set", "approval_rule.delete",
-                        "quota.set", "token.create", "token.revoke"),  # a token can be good for the whole home
+                        "quota.set", "trusted_key.*"),
     ),
     "developer": RoleRule(
-        description="runs, datasets, new model versions", allow=_WORKING, deny=ADMIN, reads=True
+        description="runs, datasets, new model versions, calling endpoints", allow=_WORKING, deny=ADMIN, reads=True
     ),
     "operator": RoleRule(
-        description="promotes, rolls back, deploys, answers alerts", allow=_OPERATING, deny=ADMIN, reads=True
+        description="promotes, rolls back, deploys and calls, answers alerts", allow=_OPERATING, deny=ADMIN, reads=True
     ),
     "annotator": RoleRule(
         description="labels", allow=("label.*", "label_task.*", "dataset.list", "dataset.get"), deny=ADMIN
     ),
+    "caller": RoleRule(description="calls endpoints, and nothing else", allow=("endpoint.predict",)),
     "viewer": RoleRule(description="looks", deny=ADMIN, reads=True),
     WORKER: RoleRule(description="asks for works, and does them", allow=("work.claim",)),
     WORK: RoleRule(
@@ -145,6 +146,7 @@ def includes(where: frozenset[str], project: str) -> bool:
     return project in where or (EVERYWHERE in where and f"!{project}" not in where)
 
 
+@lru_cache(maxsize=4096)
 def both(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
     """The projects that are in both.
 

@@ -42,6 +42,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="records_url", type=str, default="", summary="postgresql://… for the records; default: in the home."),
     Setting(name="blobs_url", type=str, default="", summary="s3://…, gs://… or az://… for blobs; default: the home."),
+    Setting(
+        name="encryption_key",
+        type=str,
+        default="",
+        summary="Encrypts blobs: file:PATH, env:NAME or command:PROGRAM ARGS, which give the key of keys.",
+    ),
     Setting(name="color", type=str, default="auto", summary="auto, always or never; NO_COLOR is honoured too."),
     Setting(name="heartbeat_timeout_s", type=float, default=60.0, summary="A step silent for so long is hung."),
     Setting(
@@ -71,6 +77,25 @@ SETTINGS: tuple[Setting, ...] = (
         default=0,
         summary="1: the webhook may be this machine's own address.",
     ),
+    Setting(
+        name="owner_password_file",
+        type=str,
+        default="",
+        summary="A file with the first owner's password; default: a one-time secret is printed.",
+    ),
+    Setting(
+        name="session_idle_s", type=float, default=1800.0, summary="A page's session not used for so long has ended."
+    ),
+    Setting(name="session_max_s", type=float, default=43200.0, summary="How long a session lasts at most."),
+    Setting(name="oidc_issuer", type=str, default="", summary="The identity provider (https://…) to sign in with."),
+    Setting(name="oidc_client_id", type=str, default="", summary="What this server is called there."),
+    Setting(
+        name="oidc_client_secret_file",
+        type=str,
+        default="",
+        summary="A file with the secret of this client; default: none, PKCE alone.",
+    ),
+    Setting(name="oidc_groups_claim", type=str, default="groups", summary="The claim that names somebody's groups."),
     Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
     Setting(name="backup_to", type=str, default="", summary="Where backups go: an absolute folder or s3://…"),
     Setting(name="backup_key", type=str, default="", summary="What encrypts backups: file:PATH or env:NAME."),

@@ -17,6 +17,7 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(gt=0, lt=1)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="lower-case name")]
+SecretName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="name of a secret")]
 Columns = str | list[str]  # a name, a glob such as "p*", or a list of them
 ColumnType = Literal["number", "category", "text", "date", "boolean", "image", "ignore"]
 
@@ -181,6 +182,7 @@ class Data(Section, frozen=True, kw_only=True):
     ignore: list[str] = []
     encoding: str = "utf-8"
     null_values: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?")
+    secrets: list[SecretName] = []
     clean: list[CleanRule] = []
     expect: Expect = Expect()
     split: Split = Split()
@@ -286,6 +288,7 @@ class StepSpec(Section, frozen=True, kw_only=True):
     needs: list[Name] = []
     matrix: dict[str, list[Any]] = {}
     params: dict[str, Any] = {}
+    secrets: list[SecretName] = []
     limits: Limits = Limits()
 
 

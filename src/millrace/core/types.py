@@ -286,6 +286,7 @@ class Token(Record, frozen=True, kw_only=True):
     prefix: str  # the first characters of the secret, so that its owner knows it again
     scopes: tuple[str, ...]
     user_name: str = ""  # "" is a token of nobody's: its scopes are all that it may
+    is_once: bool = False  # sets the password of its user, and ends with that
     work_id: str | None = None  # it is good for this work alone
     expires_at: float | None = None
     revoked_at: float | None = None
@@ -341,10 +342,11 @@ class Session(Record, frozen=True, kw_only=True):
     """A browser that has signed in. `id` is the SHA-256 of its cookie."""
 
     kind: ClassVar[str] = "session"
-    user_name: str
+    user_name: str  # "" is about to sign in: `pending` says how
     csrf: str
     used_at: float
     expires_at: float
+    pending: dict[str, str] = {}
 
 
 class Role(Record, frozen=True, kw_only=True):

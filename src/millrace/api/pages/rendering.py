@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, Response
 
 from millrace.api.pages.assets import Assets
 from millrace.api.problems import RETRY_AFTER_S, status_of
+from millrace.api.sessions import current_session
 from millrace.control.authorisation import acting_principal
 from millrace.core.clock import Clock
 from millrace.core.errors import MillraceError
@@ -68,6 +69,7 @@ class Renderer:
             asset=assets.url,
             home=lambda: "" if acting_principal() else home,
             with_query=with_query,
+            session=current_session,
         )
         self._environment.filters.update(
             number=number, share=share, size=format_size, duration=duration, iso=iso, stamp=stamp, segment=segment,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from millrace.api.pages import compare, curves, files, live, mlflow_links, registry, run, runs_table
+from millrace.api.pages import compare, curves, files, live, login, mlflow_links, registry, run, runs_table
 from millrace.api.pages.assets import PREFIX, Assets
 from millrace.api.pages.rendering import Page, Renderer
 from millrace.api.problems import problem
@@ -46,16 +46,18 @@ VIEWS: tuple[tuple[str, View], ...] = (
 DATA: tuple[tuple[str, View], ...] = (("/pages/data/curves", curves.show),)
 
 
-def page_routes(dispatcher: Dispatcher) -> list[BaseRoute]:
+def page_routes(dispatcher: Dispatcher, *, signs_in: bool = False) -> list[BaseRoute]:
     """The pages, the data that their scripts ask for, and the scripts themselves.
 
     Args:
         dispatcher: The door to every operation.
+        signs_in: Whether people have to say who they are.
     """
     assets = Assets()
     renderer = Renderer(assets, dispatcher.services.clock, str(dispatcher.services.home))
     packed = [Middleware(GZipMiddleware, minimum_size=1000, compresslevel=6)]
     routes: list[BaseRoute] = [Route(PREFIX + "{path:path}", assets.respond, name="page.static")]
+    routes += login.login_routes(dispatcher, renderer, signs_in=signs_in)
     for path, view in VIEWS:
         endpoint = _endpoint(dispatcher, view, renderer.page, renderer.problem)
         routes.append(Route(path, endpoint, middleware=() if view is files.show else packed))  # files: any size

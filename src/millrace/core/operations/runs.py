@@ -145,11 +145,12 @@ class TrackLog(Request, frozen=True, kw_only=True):
 
 
 class TrackArtifact(Request, frozen=True, kw_only=True):
-    """A local file or folder to keep with a tracked run."""
+    """A local file or folder to keep with a tracked run; `data_subject`: whose data it is, to be erased together."""
 
     run: str
     name: str
     path: str
+    data_subject: str = ""
 
 
 class TrackEnd(Request, frozen=True, kw_only=True):
@@ -220,7 +221,7 @@ TRACK_LOG = Operation(
 TRACK_ARTIFACT = Operation(
     name="run.artifact", summary="Keep a file or folder with a run.", request=TrackArtifact, response=Step,
     method="POST", path="/runs/{run}/artifacts", is_write=True, subject_kind="run", subject_field="run",
-    example={"run": "last", "name": "weights", "path": "weights.safetensors"},
+    hidden_fields=("data_subject",), example={"run": "last", "name": "weights", "path": "weights.safetensors"},
 )  # fmt: skip
 TRACK_END = Operation(
     name="run.end", summary="End a tracked run.", request=TrackEnd, response=Run, method="POST",

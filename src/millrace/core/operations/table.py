@@ -10,15 +10,33 @@ from millrace.core.operations import (
     following,
     governance,
     imports,
+    keys,
     live,
     projects,
     registry,
     runs,
+    secrets,
+    users,
     works,
 )
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for module in (runs, projects, registry, live, following, blobs, imports, works, governance, backup, audit)
+    for module in (
+        runs,
+        projects,
+        registry,
+        live,
+        following,
+        blobs,
+        imports,
+        works,
+        governance,
+        users,
+        backup,
+        audit,
+        keys,
+        secrets,
+    )
     for operation in module.OPERATIONS
 }

@@ -30,6 +30,11 @@ class WorkOrder(Struct, frozen=True, kw_only=True):
     project_tree: Artifact | None
     token: str
     silence_s: float
+    secrets: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        """Without the token and the values."""
+        return f"WorkOrder({self.id!r}, attempt={self.attempt})"
 
 
 class ReportRequest(Request, frozen=True, kw_only=True):
@@ -52,12 +57,13 @@ class TokenCreate(Request, frozen=True, kw_only=True):
     """A token for a client.
 
     `scope`: roles, each alone or as `role:project`, with commas between. `expires`: a duration such as 720h; by
-    default never.
+    default never. `user`: the service account that it acts for; by default whoever makes it.
     """
 
     name: str
     scope: str = "worker"
     expires: str | None = None
+    user: str | None = None
 
 
 class CreatedToken(Struct, frozen=True, kw_only=True):
