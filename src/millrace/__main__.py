@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from millrace.cli.main import cli
 from millrace.cli.session import Session
+from millrace.cli.terminal import guard_terminal
 from millrace.core import extras
 
 
@@ -14,6 +15,7 @@ def open_transport(home: str | None, *, embedded: bool = False) -> object:
 
 def main() -> None:
     """Run the command line."""
+    guard_terminal()
     cli(obj=Session(open_transport), prog_name="millrace")
 
 

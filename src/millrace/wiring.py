@@ -53,8 +53,10 @@ HANDLER_MODULES = (
     "millrace.control.quotas",
     "millrace.control.keys",
     "millrace.control.secrets",
+    "millrace.control.trusted_keys",
     "millrace.control.users",
     "millrace.control.roles",
+    "millrace.control.compliance",
 )
 
 
@@ -81,8 +83,12 @@ def open_services(home: str | None = None, *, drives_apart: bool = False) -> Ser
 
     def open_signer() -> Signer:
         published = extras.load("millrace.control.trust:published_key")
-        find = (lambda key_id: published(services.records, key_id)) if records_url else None
-        return extras.load("millrace.security.signing:HomeSigner")(folder, find)
+        refusal = extras.load("millrace.control.trust:refusal_of")
+        return extras.load("millrace.security.signing:HomeSigner")(
+            folder,
+            lambda key_id: published(services.records, key_id) if services.is_used else None,
+            lambda key_id: refusal(services.records, clock.now(), key_id) if services.is_used else None,
+        )
 
     def open_records() -> Records:
         extras.load("millrace.store.backup_marker:refuse_unfinished")(folder)
@@ -161,7 +167,8 @@ def open_transport(home: str | None = None, *, embedded: bool = False) -> Transp
     settings = resolve_settings(home=folder)
     url = settings["url"].value
     if url:
-        return open_far(url, os.environ.get("MILLRACE_TOKEN", ""), settings["ca_file"].value)
+        token = os.environ.get("MILLRACE_TOKEN") or extras.load("millrace.client.logins:token_for")(url)
+        return open_far(url, token, settings["ca_file"].value)
     server = _living_server(folder)
     if server is None:
         return open_dispatcher(home)

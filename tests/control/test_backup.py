@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -17,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.control import backup_making
+from millrace.control import backup_making, backup_restoring
 from millrace.control.backup_checking import check_backup, chosen
 from millrace.control.backup_keeping import kept, made_at, prune_backups
 from millrace.control.backup_making import Made, Options, make_backup
 from millrace.control.backup_restoring import Target, restore_backup
 from millrace.control.backup_schedule import RETRY_S, ScheduledBackups
-from millrace.control.backup_seal import SEGMENT_BYTES, BackupKey, read_key
+from millrace.control.backup_seal import BackupKey, read_key
 from millrace.control.dispatch import Dispatcher
 from millrace.control.loop import take_lead
 from millrace.core.clock import FakeClock
@@ -41,8 +42,9 @@ from millrace.core.errors import (
 from millrace.core.principals import Grant, Principal
 from millrace.core.types import Alert, Artifact, DatasetVersion, Event, MetricPoint, ModelVersion, Run, Step, TreeEntry
 from millrace.security import chain
+from millrace.security.envelope import CHUNK_BYTES
 from millrace.security.signing import HomeSigner
-from millrace.store import backup_marker, backup_vault, trees
+from millrace.store import backup_marker, backup_rows, backup_vault, trees
 from millrace.store.backup_place import FolderPlace
 from millrace.store.backup_vault import Manifest, Vault
 from millrace.store.blobs_local import LocalBlobs
@@ -179,6 +181,30 @@ def test_what_did_not_change_is_neither_read_nor_written_again(home: Home) -> No
     assert home.check() == []
 
 
+def test_records_that_did_not_change_are_not_read_again_and_restore(home: Home, tmp_path: Path) -> None:
+    for number in range(100, 600):
+        home.run(number)
+    home.back_up()
+    doomed = home.dataset("late", b"late")
+    home.records.put(msgspec.structs.replace(home.records.get(Run, "r150"), name="another name"))
+    second = home.back_up()
+    assert second.digest == ""  # not all rows were read
+    assert home.check() == []
+    done = restore(home.vault(), tmp_path / "new")
+    restored = open_records(tmp_path / "new/records.db")
+    changed, kept = restored.get(Run, "r150"), restored.get(Run, "r151")
+    restored.close()
+    assert (changed.name, kept.name) == ("another name", "run 151")
+    assert LocalBlobs(tmp_path / "new/blobs").read(doomed) == b"late"
+    blobs = {one.digest for one in home.services.blobs.list()}
+    assert {one.digest for one in LocalBlobs(tmp_path / "new/blobs").list()} == blobs  # of unread steps, too
+    full = home.back_up(is_full=True)
+    assert full.digest != ""
+    assert full.read_bytes > 2 * second.read_bytes
+    assert full.new_objects <= 4
+    assert done.rows == second.manifest.rows
+
+
 def test_a_backup_is_of_one_moment_whatever_is_written_meanwhile(home: Home, tmp_path: Path) -> None:
     home.records.seal()
     before = records_digest(home.records)
@@ -207,7 +233,7 @@ def test_a_backup_is_of_one_moment_whatever_is_written_meanwhile(home: Home, tmp
     assert restore(home.vault(), tmp_path / "new").digest == before
     home.records.seal()
     after = records_digest(home.records)
-    assert home.back_up().digest == after
+    assert home.back_up(is_full=True).digest == after
 
 
 def test_nothing_that_the_snapshot_names_is_collected_meanwhile(home: Home, tmp_path: Path) -> None:
@@ -491,27 +517,41 @@ def test_the_chain_is_checked(home: Home, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- encryption
 
 
-@given(size=st.sampled_from([0, 1, SEGMENT_BYTES - 1, SEGMENT_BYTES, SEGMENT_BYTES + 1, 3 * SEGMENT_BYTES]))
+@given(size=st.sampled_from([0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES]))
 def test_what_is_sealed_opens_and_has_the_size_that_is_foretold(size: int) -> None:
     key, data = BackupKey(bytes(32)), os.urandom(size)
     sealed = b"".join(key.seal("blobs/aa/bb", [data[:7], data[7:]]))
     assert len(sealed) == key.sealed_size(size)
-    assert b"".join(key.open("blobs/aa/bb", [sealed[:50], sealed[50:]])) == data
+    assert key.plain_size(len(sealed)) == size
+    assert key.open("blobs/aa/bb", io.BytesIO(sealed), size).read() == data
 
 
 def test_segments_cannot_be_moved_dropped_or_renamed() -> None:
-    key = BackupKey(bytes(32))
-    sealed = b"".join(key.seal("blobs/aa/bb", [os.urandom(3 * SEGMENT_BYTES)]))
-    head, part = sealed[:36], SEGMENT_BYTES + 16
-    one, two, three = (sealed[36 + n * part : 36 + (n + 1) * part] for n in range(3))
+    key, size = BackupKey(bytes(32)), 3 * CHUNK_BYTES
+    sealed = b"".join(key.seal("blobs/aa/bb", [os.urandom(size)]))
+    part = CHUNK_BYTES + 16
+    head = sealed[: len(sealed) - 3 * part]
+    one, two, three = (sealed[len(head) + n * part :][:part] for n in range(3))
+
+    def opened(data: bytes, name: str = "blobs/aa/bb", secret: bytes = bytes(32)) -> None:
+        other = BackupKey(secret)
+        for said in (size, max(0, other.plain_size(len(data)))):
+            with pytest.raises(CorruptError):
+                other.open(name, io.BytesIO(data), said).read()
+
     for changed in (head + two + one + three, head + one + two, head + one + two + three + three, head, b"", head[:9]):
-        with pytest.raises(CorruptError):
-            b"".join(key.open("blobs/aa/bb", [changed]))
-    with pytest.raises(CorruptError):
-        b"".join(key.open("blobs/aa/cc", [sealed]))
-    with pytest.raises(CorruptError):
-        b"".join(BackupKey(b"1" * 32).open("blobs/aa/bb", [sealed]))
+        opened(changed)
+    opened(sealed, name="blobs/aa/cc")
+    opened(sealed, secret=b"1" * 32)
     assert repr(key) == "BackupKey(…)"
+
+
+def test_what_another_version_has_sealed_is_refused() -> None:
+    key = BackupKey(bytes(32))
+    sealed = b"".join(key.seal("blobs/aa/bb", [b"x"]))
+    for version in (b"1", b"3"):
+        with pytest.raises(SchemaVersionError, match="does not know"):
+            key.open("blobs/aa/bb", io.BytesIO(b"MRB" + version + sealed[4:]), 1)
 
 
 def test_neither_names_nor_bytes_say_what_is_in_it(home: Home) -> None:
@@ -643,6 +683,39 @@ def test_a_killed_restore_is_not_believed_and_goes_on(home: Home, tmp_path: Path
     opened = open_services(str(new))
     assert opened.records.get(Run, "r1") is not None
     opened.close()
+
+
+def test_a_restore_that_goes_on_believes_no_blob_that_a_power_cut_has_left(home: Home, tmp_path: Path) -> None:
+    made = home.back_up()
+    new = tmp_path / "new"
+    kill("restore", new, home.to, "sha256", 15)
+    for digest in [one.digest for one in LocalBlobs(new / "blobs").list()][:3]:
+        path = new / "blobs/sha256" / digest[7:9] / digest[9:]
+        path.chmod(0o600)
+        path.write_bytes(bytes(path.stat().st_size))  # the size is there, the bytes are not
+    (new / "records.db").write_bytes(b"half a page")
+    assert restore(home.vault(), new).digest == made.digest == digest_of(new)
+    assert {one.digest for one in LocalBlobs(new / "blobs").list()} == {
+        one.digest for one in home.services.blobs.list()
+    }
+    assert all(LocalBlobs(new / "blobs").read(one.digest) for one in home.services.blobs.list())
+
+
+def test_records_that_read_back_differently_are_not_kept(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.back_up()
+    monkeypatch.setattr(backup_restoring, "SAMPLE_OF", 1)
+    true_insert = backup_rows.insert
+
+    def bad_memory(into: Any, name: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+        true_insert(into, name, columns, [(*row[:-1], row[-1] + " ") for row in rows] if name == "steps" else rows)
+
+    monkeypatch.setattr(backup_rows, "insert", bad_memory)
+    with pytest.raises(CorruptError, match="read back differently"):
+        restore(home.vault(), tmp_path / "new")
+    monkeypatch.undo()
+    assert restore(home.vault(), tmp_path / "new").digest == digest_of(tmp_path / "new")
 
 
 def test_a_killed_restore_of_something_else_is_not_continued(home: Home, tmp_path: Path) -> None:

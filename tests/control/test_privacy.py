@@ -13,13 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.control import privacy
+from millrace.control.backup_making import Options, make_backup
+from millrace.control.backup_restoring import Target, restore_backup
 from millrace.control.dispatch import Dispatcher
 from millrace.control.heads import sign_now
+from millrace.control.keys import mark_subject
 from millrace.control.privacy import _Person
-from millrace.core.errors import InputError
-from millrace.core.types import Approval, Event, RoleBinding, Run, Session, Token, User
+from millrace.control.services import Services
+from millrace.core.errors import InputError, NotFoundError
+from millrace.core.types import Approval, DataKey, DatasetVersion, Event, RoleBinding, Run, Session, Token, User
+from millrace.store.backup_place import FolderPlace
+from millrace.store.backup_vault import Manifest, Vault
+from millrace.store.blobs_local import LocalBlobs
+from millrace.store.records_sql import open_records
 from millrace.testing.postgres import new_records_url
-from millrace.wiring import open_dispatcher
+from millrace.wiring import open_dispatcher, open_services
 
 pytestmark = pytest.mark.xdist_group("postgres")
 CANARY = "$argon2id$canary"
@@ -95,12 +103,13 @@ def test_an_erasure_is_only_counted_until_it_is_wanted(home: Dispatcher) -> None
 
 def test_somebody_is_erased_and_the_chain_verifies_and_says_so(home: Dispatcher) -> None:
     seen: list[str] = []
+    done_names = ["Ada@Example.org", "ada", "sub-17"]
     privacy.SUBJECT_ERASERS.append(lambda _, name: (seen.append(name), {"keys": 2})[1])
     try:
         done = home.call("audit.erase_subject", {"subject": "ada", "apply": True})
     finally:
         privacy.SUBJECT_ERASERS.pop()
-    assert (done.applied, done.details, seen, done.data) == (True, 3, ["ada"], {"keys": 2})
+    assert (done.applied, done.details, seen, done.data) == (True, 3, done_names, {"keys": 6})
     assert done.left == {"run": ["r3"]}, "what people wrote is named"
     records = home.services.records
     assert records.get(User, "ada") is None
@@ -139,6 +148,105 @@ def test_an_erasure_that_finds_no_detail_is_an_event_too(home: Dispatcher) -> No
 def test_nobody_has_no_name(home: Dispatcher) -> None:
     with pytest.raises(InputError, match="somebody's name"):
         home.call("audit.export_subject", {"subject": " "})
+
+
+# --------------------------------------------------------------------------- blobs
+
+
+class Clinic:
+    """A home that encrypts, with data of two people."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.dispatcher = open_dispatcher(str(folder))
+        self.services = self.dispatcher.services
+        self.blobs = self.services.blobs
+
+    def keep(self, name: str, data: bytes, subject: str) -> str:
+        artifact = self.blobs.put(data)
+        mark_subject(self.services, artifact, subject)
+        self.services.records.put(DatasetVersion(id=f"{name}/1", name=name, number=1, artifact=artifact))
+        return artifact.digest
+
+
+@pytest.fixture
+def clinic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clinic]:
+    monkeypatch.setenv("MILLRACE_ENCRYPTION_KEY", f"file:{tmp_path}/kek.json")
+    made = Clinic(tmp_path / "home")
+    yield made
+    made.dispatcher.close()
+
+
+def test_the_blobs_of_somebody_cannot_be_read_after_an_erasure_and_those_of_others_can(clinic: Clinic) -> None:
+    scan = clinic.keep("scan", b"the scan of 4711", "patient-4711")
+    other = clinic.keep("other", b"the scan of 4712", "patient-4712")
+    plain = clinic.blobs.put(b"of nobody").digest
+    assert clinic.blobs.path(scan).read_bytes() == b"the scan of 4711"  # also in the cache of plain copies
+    records = clinic.services.records
+    key = records.get(DataKey, scan)
+    assert key is not None
+    asked = clinic.dispatcher.call("audit.erase_subject", {"subject": "patient-4711"})
+    assert (asked.applied, asked.data) == (False, {"blobs": 1})
+    assert clinic.blobs.read(scan) == b"the scan of 4711"
+    done = clinic.dispatcher.call("audit.erase_subject", {"subject": "patient-4711", "apply": True})
+    assert (done.applied, done.data, done.left) == (True, {"blobs": 1}, {})
+    with pytest.raises(NotFoundError, match="erased"):
+        clinic.blobs.read(scan)
+    assert clinic.blobs.read(other) == b"the scan of 4712"
+    assert clinic.blobs.read(plain) == b"of nobody"
+    assert clinic.dispatcher.call("audit.verify", {}).is_whole
+    found = clinic.dispatcher.call("audit.export_subject", {"subject": "patient-4711"})
+    assert (found.events, found.records, found.run_values) == ([], {}, [])
+    (said,) = clinic.dispatcher.call("audit.search", {"verb": "audit.erased"})
+    assert said.detail["data"] == {"blobs": 1}
+    assert "patient" not in json.dumps([said.subject, said.detail])
+    for path in clinic.folder.rglob("*"):  # the log of the records included
+        data = path.read_bytes() if path.is_file() else b""
+        assert b"the scan of 4711" not in data, path
+        assert key.wrapped.encode() not in data, path
+        assert b"patient-4711" not in data, path
+
+
+def test_the_keys_verb_leaves_no_trace_of_the_key_either(clinic: Clinic) -> None:
+    scan = clinic.keep("scan", b"the scan of 4711", "patient-4711")
+    key = clinic.services.records.get(DataKey, scan)
+    assert key is not None
+    assert clinic.dispatcher.call("key.erase", {"subject": "patient-4711"}).blobs == 1
+    assert not any(key.wrapped.encode() in one.read_bytes() for one in clinic.folder.glob("records.db*"))
+
+
+def test_a_backup_from_before_brings_it_back_until_the_old_key_of_keys_is_dropped(
+    clinic: Clinic, tmp_path: Path
+) -> None:
+    scan = clinic.keep("scan", b"the scan of 4711", "patient-4711")
+    other = clinic.keep("other", b"the scan of 4712", "patient-4712")
+    vault = Vault(FolderPlace(tmp_path / "to"), None)
+    before = make_backup(clinic.services, vault, Options()).manifest
+    clinic.dispatcher.call("audit.erase_subject", {"subject": "patient-4711", "apply": True})
+    after = make_backup(clinic.services, vault, Options()).manifest
+
+    def restored(name: str, manifest: Manifest) -> Services:
+        home = tmp_path / name
+        target = Target(home, lambda: open_records(home / "records.db"), LocalBlobs(home / "blobs"))
+        restore_backup(vault, manifest, target, clinic.services.clock)
+        return open_services(str(home))
+
+    old = restored("old", before)
+    assert old.blobs.read(scan) == b"the scan of 4711"
+    old.close()
+    new = restored("new", after)
+    with pytest.raises(NotFoundError, match="erased"):
+        new.blobs.read(scan)
+    assert new.blobs.read(other) == b"the scan of 4712"
+    new.close()
+    (first,) = clinic.dispatcher.call("key.list", {})
+    clinic.dispatcher.call("key.rotate", {})
+    clinic.dispatcher.call("key.drop", {"name": first.id})
+    assert clinic.blobs.read(other) == b"the scan of 4712"
+    late = restored("late", before)
+    with pytest.raises(InputError, match="encrypted under"):
+        _ = late.blobs
+    late.close()
 
 
 class _NoRecords:

@@ -15,10 +15,13 @@ import jsonschema
 import msgspec
 import pytest
 
+from millrace.api.app import build_app
 from millrace.cli.session import EXIT_CODES
 from millrace.core import errors, spec
 from millrace.core.settings import SETTINGS
 from millrace.core.spec_errors import parse_spec
+from millrace.serve.catalog import Catalog
+from millrace.wiring import open_dispatcher
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs/reference"
@@ -191,3 +194,47 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "reference/spec/index.html").exists()
     assert (tmp_path / "reference/spec.schema.json").exists()
+
+
+# --------------------------------------------------------------------------- SECURITY.md
+
+
+def doors() -> tuple[list[str], list[str]]:
+    """The paths of the table of doors, and the tests of the table below it."""
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    table = text.split("\n## Doors\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"`(/[^`]*)`", table), re.findall(r"`(tests/[^`]+)`", text)
+
+
+def test_every_mounted_route_has_a_door_in_the_threat_model(tmp_path: Path) -> None:
+    """A route that nobody has thought about is a door too; a door that leads nowhere is none."""
+    home = open_dispatcher(str(tmp_path / "home"))
+    routes = build_app(home, wants_token=True).routes
+    home.close()
+    mounted = {one.path for route in routes for one in getattr(route, "_by_path", {"": route}).values()}
+    serving = {target.decode() for target in Catalog("0", 0)._routes} - {"/metrics"}
+    named, _ = doors()
+    assert len(mounted) > 150
+
+    def leads_to(door: str, path: str) -> bool:
+        """A door that ends with a digit is MLflow's, which has a route without the slash."""
+        return f"{path}/".startswith(door if door[-1] in "/0" else f"{door}/")
+
+    known = [door for door in named if door != "/"]
+    assert [
+        path for path in sorted(mounted | serving) if path != "/" and not any(leads_to(door, path) for door in known)
+    ] == []
+    assert [door for door in known if not any(leads_to(door, path) for path in mounted | serving)] == []
+
+
+def test_the_threat_model_names_tests_that_are_there() -> None:
+    _, tests = doors()
+    assert len(tests) > 25
+    assert [name for name in tests if "def test_" not in (ROOT / name).read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.parametrize("name", ["security-model", "operations", "compliance"])
+def test_what_runs_it_needs_is_on_the_site(name: str) -> None:
+    assert f"{name}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for place in ("index.md", "how-to/index.md"):
+        assert f"{name}.md)" in (ROOT / "docs" / place).read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ LOCK = dict(
     for line in (ROOT / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 )
-EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "oidc", "dev")
+EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom", "dev")
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -48,7 +48,7 @@ def test_the_base_is_light() -> None:
 
 def test_all_is_the_workbench() -> None:
     (workbench,) = PROJECT["optional-dependencies"]["all"]
-    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3", "oidc"}
+    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom"}
 
 
 @pytest.mark.parametrize("requirement", [*requirements(), *requirements(*EXTRAS)], ids=str)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,19 +23,35 @@ def package_files() -> set[str]:
     return {path.relative_to(PACKAGE.parent).as_posix() for path in found}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("hatchling") is None or importlib.util.find_spec("pip") is None:
-        pytest.skip("building needs pip and hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
+def build(source: Path, folder: Path, umask: int = 0o022, **variables: str) -> Path:
+    """A wheel of the repository, or of a copy of it, in a folder that is made if need be."""
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-index"]
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
     done = subprocess.run(
-        [*command, "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)],
-        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        [*command, "--no-build-isolation", "--wheel-dir", str(folder), str(source)],
+        cwd=folder, capture_output=True, text=True, timeout=300, check=False, umask=umask,
+        env=environment | variables,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     (built,) = folder.glob("*.whl")
     return built
+
+
+def copy_source(target: Path) -> Path:
+    """What a wheel is built of, without what tools have left."""
+    target.mkdir()
+    shutil.copytree(ROOT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("hatchling") is None or importlib.util.find_spec("pip") is None:
+        pytest.skip("building needs pip and hatchling")
+    return build(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -89,3 +108,16 @@ def test_a_plug_in_author_runs_the_conformance_suites_from_it(wheel: Path, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def test_whoever_builds_it_gets_the_same_bytes(tmp_path: Path) -> None:
+    """Another folder, other times and rights of files, another umask, time zone and hash seed: the same SHA-256."""
+    ours, theirs = copy_source(tmp_path / "ours"), tmp_path / "theirs" / "deeper"
+    shutil.copytree(ours, theirs)
+    for path in theirs.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    first = build(ours, tmp_path / "first")
+    again = build(theirs, tmp_path / "again", 0o077, TZ="Asia/Tokyo", LC_ALL="C", PYTHONHASHSEED="7")
+    assert again.name == first.name
+    assert hashlib.sha256(again.read_bytes()).hexdigest() == hashlib.sha256(first.read_bytes()).hexdigest()

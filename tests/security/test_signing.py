@@ -7,17 +7,22 @@ import json
 import re
 import subprocess
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.core.errors import UntrustedError
+from millrace.cli.main import cli
+from millrace.cli.session import Session
+from millrace.core.errors import InputError, UntrustedError
 from millrace.core.ids import digest_bytes
-from millrace.security.signing import HomeSigner
+from millrace.security.signing import HomeSigner, public_key_id
+from millrace.wiring import open_dispatcher, open_transport
 
 DIGEST, OTHER = digest_bytes(b"bundle"), digest_bytes(b"altered bundle")
 
@@ -95,14 +100,71 @@ def test_a_trusted_key_is_accepted_until_it_is_removed(tmp_path: Path) -> None:
 
 
 def test_the_hint_is_the_command_that_trusts_the_signer(tmp_path: Path) -> None:
-    friend, here = HomeSigner(tmp_path / "friend"), HomeSigner(tmp_path / "here")
+    with closing(open_dispatcher(str(tmp_path / "here"))) as here:
+        friend = HomeSigner(tmp_path / "friend")
+        signature = friend.sign(DIGEST)
+        with pytest.raises(UntrustedError) as refused:
+            here.services.signer.verify(DIGEST, signature)
+        (command,) = re.findall("`millrace (.+)`", refused.value.hint)
+        words = command.replace("SIGNERS_HOME", str(tmp_path / "friend")).split()
+        arguments = ["--home", str(tmp_path / "here"), *words]
+        done = CliRunner().invoke(cli, arguments, obj=Session(open_transport), prog_name="millrace")
+        assert done.exit_code == 0, done.output
+        assert here.services.signer.verify(DIGEST, signature) == friend.key_id
+
+
+@pytest.mark.parametrize("kind", ["own", "file", "shared"])
+def test_a_key_counts_only_while_nothing_speaks_against_it(tmp_path: Path, kind: str) -> None:
+    friend, refusals = HomeSigner(tmp_path / "friend"), dict[str, str]()
+    if kind == "file":
+        trust(tmp_path / "here", friend.public_key())
+    shared = {friend.key_id: friend.public_key()} if kind == "shared" else {}
+    here = HomeSigner(tmp_path / ("friend" if kind == "own" else "here"), shared.get, refusals.get)
     signature = friend.sign(DIGEST)
-    with pytest.raises(UntrustedError) as refused:
-        here.verify(DIGEST, signature)
-    (command,) = re.findall("`(.+)`", refused.value.hint)
-    words = command.replace("SIGNERS_HOME", str(tmp_path / "friend")).replace("NAME", "friend").split()
-    subprocess.run(words, check=True)
     assert here.verify(DIGEST, signature) == friend.key_id
+    refusals[friend.key_id] = "was revoked on 2027-01-31"
+    with pytest.raises(UntrustedError, match="which was revoked on 2027-01-31") as refused:
+        here.verify(DIGEST, signature)
+    assert "register them again" in refused.value.hint
+    with pytest.raises(UntrustedError, match="altered"):
+        here.verify(OTHER, signature)
+    del refusals[friend.key_id]
+    assert here.verify(DIGEST, signature) == friend.key_id
+
+
+def test_a_revoked_own_key_signs_nothing_and_the_hint_makes_another_one(tmp_path: Path) -> None:
+    refusals: dict[str, str] = {}
+    signer = HomeSigner(tmp_path, None, refusals.get)
+    signer.sign(DIGEST)
+    refusals[signer.key_id] = "was revoked"
+    with pytest.raises(UntrustedError, match="nothing is signed") as refused:
+        signer.sign(DIGEST)
+    (command,) = re.findall("`(mv .+)`", refused.value.hint)
+    subprocess.run(command.split(), check=True)
+    assert signer.verify(DIGEST, signer.sign(DIGEST)) not in refusals
+
+
+def test_held_keys_are_named_by_their_files(tmp_path: Path) -> None:
+    friend, here = HomeSigner(tmp_path / "friend"), HomeSigner(tmp_path / "here")
+    assert here.held() == {}
+    trust(tmp_path / "here", friend.public_key())
+    assert here.held() == {friend.key_id: "trusted/friend.pub"}
+    own = here.key_id
+    assert here.held() == {friend.key_id: "trusted/friend.pub", own: "signing.key"}
+
+
+@pytest.mark.parametrize("text", [b"", b"nonsense", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"])
+def test_what_is_no_public_key_is_refused(text: bytes) -> None:
+    with pytest.raises(InputError, match="public key as PEM"):
+        public_key_id(text)
+
+
+def test_a_key_has_one_id(tmp_path: Path) -> None:
+    signer = HomeSigner(tmp_path)
+    assert public_key_id(signer.public_key()) == signer.key_id
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    with pytest.raises(InputError, match="another kind"):
+        public_key_id(other.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from millrace.core.errors import CorruptError, InputError, NotFoundError
 from millrace.core.types import Event, MetricPoint, Run
-from millrace.store import backup_marker, backup_rows
+from millrace.store import backup_marker, backup_rows, backup_versions
 from millrace.store.backup_objects import ObjectPlace
 from millrace.store.backup_place import FolderPlace, Place, Stored, open_place
 from millrace.store.backup_rows import POINTS, Points, named_rows_of, pieces, rows_of, snapshot
+from millrace.store.backup_versions import Stretch
 from millrace.store.object_store import RemoteOptions
 from millrace.store.records_sql import SqlRecords
 from millrace.store.transfer import records_digest
@@ -41,20 +42,25 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
     made.close()
 
 
+def read(place: Place, name: str) -> bytes:
+    with place.open(name) as file:
+        return file.read()
+
+
 def test_objects_come_back_and_are_replaced_and_removed(place: Place) -> None:
     large = [os.urandom(1_000_003) for _ in range(13)]  # more than one part of an upload
     assert place.put("blobs/ab/cd", large) == 13 * 1_000_003
-    assert b"".join(place.get("blobs/ab/cd")) == b"".join(large)
+    assert read(place, "blobs/ab/cd") == b"".join(large)
     assert place.put("blobs/ab/cd", [b"new"]) == 3
     assert place.put("blobs/00/empty", []) == 0
-    assert b"".join(place.get("blobs/00/empty")) == b""
+    assert read(place, "blobs/00/empty") == b""
     place.put("manifests/ab", [b"m"])
     assert sorted(place.list("blobs")) == [Stored("blobs/00/empty", 0), Stored("blobs/ab/cd", 3)]
     place.remove("blobs/ab/cd")
     place.remove("blobs/ab/cd")
     assert [one.name for one in place.list("blobs")] == ["blobs/00/empty"]
     with pytest.raises(NotFoundError):
-        list(place.get("blobs/ab/cd"))
+        read(place, "blobs/ab/cd")
 
 
 def test_an_object_is_whole_or_not_there(place: Place) -> None:
@@ -67,7 +73,7 @@ def test_an_object_is_whole_or_not_there(place: Place) -> None:
         with pytest.raises(ZeroDivisionError):
             place.put(name, broken(size))
     assert list(place.list("blobs")) == [Stored("blobs/ab/kept", 4)]
-    assert b"".join(place.get("blobs/ab/kept")) == b"kept"
+    assert read(place, "blobs/ab/kept") == b"kept"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def test_names_that_lead_elsewhere_are_refused(place: Place, name: str) -> None:
     with pytest.raises(InputError, match="not the name"):
         place.put(name, [b"x"])
     with pytest.raises(InputError, match="not the name"):
-        list(place.get(name))
+        read(place, name)
     with pytest.raises(InputError, match="not the name"):
         place.remove(name)
 
@@ -93,7 +99,7 @@ def test_no_link_in_the_destination_is_followed(tmp_path: Path) -> None:
     (tmp_path / "to/chunks").symlink_to(outside)
     for name in ("blobs/aa/link", "blobs/bb/cd"):
         with pytest.raises(CorruptError, match="symbolic link"):
-            list(place.get(name))
+            read(place, name)
     for name in ("blobs/bb/new", "chunks/new"):
         with pytest.raises(CorruptError, match="symbolic link"):
             place.put(name, [b"x"])
@@ -112,7 +118,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     place.put("blobs/aa/cd", [b"x"])
     os.mkfifo(tmp_path / "to/blobs/aa/pipe")
     with pytest.raises(CorruptError, match="not a file"):
-        list(place.get("blobs/aa/pipe"))
+        read(place, "blobs/aa/pipe")
 
 
 def test_what_a_killed_process_left_does_not_count_and_goes(tmp_path: Path) -> None:
@@ -283,6 +289,80 @@ def test_points_that_cannot_have_changed_are_not_read_again(records: SqlRecords)
     after = points()
     assert all(one.payload is not None for one in after)
     assert sum(one.rows for one in after) == POINTS
+
+
+VERSIONS = st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 3), max_size=25)
+
+
+@given(before=VERSIONS, after=VERSIONS, cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_what_is_kept_and_what_is_read_are_the_table_and_nothing_changed_is_kept(
+    before: dict[str, int], after: dict[str, int], cuts: list[int]
+) -> None:
+    rows, known, at = sorted(before.items()), [], 0
+    while at < len(rows):
+        some = rows[at : at + cuts[len(known) % len(cuts)]]
+        versions = backup_versions.digest_of(some)
+        known.append(
+            Stretch(first=some[0][0], last=some[-1][0], rows=len(some), versions=versions, digest="", size_bytes=1)
+        )
+        at += len(some)
+    found = sorted(after.items())
+    covered: list[tuple[str, int]] = []
+    for one in backup_versions.stretches(found, known):
+        first, last = (one.first, one.last) if isinstance(one, Stretch) else one
+        part = [row for row in found if first <= row[0] <= last]
+        assert part
+        covered += part
+        if isinstance(one, Stretch):
+            assert all(before[id] == version for id, version in part)
+            assert len(part) == one.rows
+    assert covered == found
+    if before == after:
+        assert [*backup_versions.stretches(found, known)] == known
+
+
+def test_records_and_events_that_have_not_changed_are_not_read_again(records: SqlRecords) -> None:
+    fill(records, 3000)
+    known: dict[str, list[Stretch]] = {}
+
+    def read() -> dict[str, int]:
+        """Rows that were read, by table; the pieces together are always all there is."""
+        digest = backup_rows.RecordsDigest()
+        rows: dict[str, int] = {}
+        with snapshot(records) as connection:
+            found = list(pieces(connection, stretches=known))
+        known.clear()
+        for piece in found:
+            if piece.payload is not None:
+                payloads[piece.digest] = piece.payload
+                rows[piece.table] = rows.get(piece.table, 0) + piece.rows
+            if piece.stretch is not None and piece.size_bytes >= backup_rows.SMALLEST_BYTES:
+                known.setdefault(piece.table, []).append(piece.stretch)
+            digest.add(payloads[piece.digest])
+        assert digest.text() == records_digest(records)
+        return rows
+
+    payloads: dict[str, bytes] = {}
+    backup_versions.prepare(records)
+    backup_versions.prepare(records)
+    first = read()
+    assert (first["runs"], first["events"]) == (3000, 3000)
+    again = read()
+    assert 0 < again["runs"] < 600  # the last piece, to which others may still be added
+    assert 0 < again["events"] < 1500
+    records.put(Run(id="é01500", name="changed"))
+    records.put(Run(id="a new one before all others"))
+    with records.transaction() as transaction:
+        transaction.delete(Run, "é00700")
+        transaction.append(Event(at=1.0, actor="u", verb="unsealed", subject="run:1"))
+    changed = read()
+    assert again["runs"] < changed["runs"] < 2000
+    assert changed["events"] == again["events"] + 1
+    records.seal()
+    assert read()["events"] == changed["events"]  # what had not been sealed is read again
+    with records.writing() as connection:
+        connection.execute("DELETE FROM events WHERE id < 10")
+    assert read()["events"] > 2900  # nothing is believed behind a gap
 
 
 def test_points_of_runs_that_are_no_records_are_always_read(records: SqlRecords) -> None:

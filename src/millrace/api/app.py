@@ -19,6 +19,7 @@ from millrace.api.guards import Authenticated, HostGuard
 from millrace.api.mlflow.routes import mlflow_routes
 from millrace.api.pages.routes import page_routes
 from millrace.api.problems import problem
+from millrace.api.proxies import BehindProxy
 from millrace.api.routes import operation_routes
 from millrace.api.stream import Streams
 from millrace.control.dispatch import Dispatcher
@@ -35,6 +36,7 @@ def build_app(
     is_stopping: Callable[[], bool] = lambda: False,
     allowed_hosts: frozenset[str] = frozenset(),
     wants_token: bool = False,
+    proxies: tuple[str, ...] = (),
 ) -> Starlette:
     """The ASGI application over a home.
 
@@ -43,6 +45,7 @@ def build_app(
         is_stopping: True once the process is to end: open streams end then.
         allowed_hosts: Host names to answer to, besides the loopback ones.
         wants_token: Nobody may ask without one.
+        proxies: Networks of the proxies that end TLS: others are not answered.
     """
     document = encode_json(openapi.document(OPERATIONS.values()))
 
@@ -75,6 +78,7 @@ def build_app(
     app = Starlette(
         routes=routes,
         middleware=[
+            *([Middleware(BehindProxy, networks=proxies)] if proxies else []),
             Middleware(meters.Measured),
             Middleware(HostGuard, allowed=allowed_hosts),
             Middleware(Authenticated, services=dispatcher.services, is_required=wants_token),

@@ -36,7 +36,8 @@ def blob_routes(dispatcher: Dispatcher) -> list[Route]:
     async def get(request: Request) -> Response:
         digest = request.path_params["digest"]
         parts = await run_in_threadpool(dispatcher.stream, GET_BLOB.name, {"digest": digest})
-        return StreamingResponse(parts, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
+        headers = {"ETag": f'"{digest}"', **bodies.NEVER_A_PAGE}
+        return StreamingResponse(parts, media_type="application/octet-stream", headers=headers)
 
     put.__name__, get.__name__ = PUT_BLOB.name, GET_BLOB.name
     return [

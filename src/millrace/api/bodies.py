@@ -14,6 +14,10 @@ from millrace.core.units import Share
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 MAX_BODY_BYTES = 32 << 20
+NEVER_A_PAGE = {  # headers of what others have made: no browser shows it as a page of this server
+    "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 async def read_body(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> bytes:

@@ -52,9 +52,20 @@ class HostGuard:
         if len(hosts) != 1 or not self._is_ours(f"//{hosts[0]}"):
             return f"the Host header must name this server, got {hosts[:2]!r}"
         origins = [value for name, value in headers if name == b"origin"]
-        if scope["method"] not in SAFE_METHODS and origins and not all(self._is_ours(one) for one in origins):
+        if scope["method"] in SAFE_METHODS:
+            return ""
+        if not all(self._is_same(one, hosts[0]) for one in origins):
             return f"a page of another origin may not write here, got Origin {origins[:2]!r}"
+        if (b"sec-fetch-site", "cross-site") in headers:  # a browser that was told to send no Origin
+            return "a page of another site may not write here"
         return ""
+
+    def _is_same(self, origin: str, host: str) -> bool:
+        """Whether a page is of this server. On this machine, another port is somebody else's."""
+        if not self._is_ours(origin):
+            return False
+        page = urlsplit(origin)
+        return page.hostname not in LOOPBACK_HOSTS or page.netloc.lower() == host.lower()
 
     def _is_ours(self, address: str) -> bool:
         try:

@@ -26,15 +26,17 @@ import uvicorn
 import millrace
 from millrace.api import meters
 from millrace.api.app import build_app
+from millrace.api.connections import connections
 from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
 from millrace.control.loop import Loop
 from millrace.control.tokens import first_tokens
 from millrace.core import server_file
-from millrace.core.addresses import is_loopback
+from millrace.core.addresses import check_networks, is_loopback
 from millrace.core.errors import ConflictError, DeniedError, DiskFullError, InputError, MillraceError, UnavailableError
 from millrace.core.server_file import ServerFile
 from millrace.core.types import Struct
+from millrace.serve.hosting import HostConfig
 from millrace.store.leases import host_id, process_start
 
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -42,6 +44,7 @@ STEADY_S = 10.0  # who lived so long has not crashed at its start
 GRACE_S = 15.0  # then what has not stopped is killed
 START_TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
+OWNER_SHOWN = "shown this once, good for 24 h: sign in as `owner` with it, or keep it as MILLRACE_TOKEN till then"
 log = logging.getLogger("millrace.up")
 
 
@@ -56,11 +59,12 @@ class UpConfig(Struct, frozen=True, kw_only=True):
     tls_cert: str = ""
     tls_key: str = ""
     names: tuple[str, ...] = ()  # host names that clients call it by, besides `host`
+    proxies: tuple[str, ...] = ()  # networks of proxies that end TLS
 
     @property
     def wants_token(self) -> bool:
         """As soon as others can reach it."""
-        return not is_loopback(self.host)
+        return not is_loopback(self.host) or bool(self.proxies)
 
 
 class Child:
@@ -119,7 +123,7 @@ class Supervisor:
             UnavailableError: The port is taken, or the home cannot be opened.
         """
         listener = bind(self._config)
-        self._home.mkdir(parents=True, exist_ok=True)
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = lock_home(self._home)
         self._metrics.mkdir(parents=True, exist_ok=True)
         try:
@@ -138,7 +142,7 @@ class Supervisor:
         if self._config.wants_token:
             secret = first_tokens(dispatcher.services)
             if secret:
-                print(f" owner     {secret}  (shown this once; keep it as MILLRACE_TOKEN)", flush=True)
+                print(f" owner     {secret}  ({OWNER_SHOWN})", flush=True)
         dispatcher.close()
 
     def _supervise(self, listener: socket.socket, on_ready: Callable[[str], None]) -> int:
@@ -195,7 +199,7 @@ class Supervisor:
 
     def _run_loop(self) -> None:
         dispatcher = self._open()
-        reconciler = Reconciler(dispatcher.services, self._config.serve_port)
+        reconciler = Reconciler(dispatcher.services, self._place())
         loop = Loop(dispatcher.services, [reconciler])
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.stop())
@@ -205,19 +209,33 @@ class Supervisor:
             reconciler.close()
             dispatcher.close()
 
+    def _place(self) -> HostConfig:
+        """Endpoints are where the server is: on loopback open, elsewhere with its certificate and for tokens alone."""
+        config = self._config
+        if not config.wants_token:
+            return HostConfig(port=config.serve_port)
+        return HostConfig(
+            host=config.host, port=config.serve_port, allowed_hosts=[*config.names, config.host], wants_token=True,
+            tls_cert=config.tls_cert, tls_key=config.tls_key, proxies=list(check_networks(config.proxies)),
+        )  # fmt: skip
+
     def _run_api(self, listener: socket.socket) -> None:
         _reserve_metrics(self._metrics)
         dispatcher = self._open()
+        services = dispatcher.services
         served: list[uvicorn.Server] = []
         app = build_app(
             dispatcher,
             is_stopping=lambda: bool(served) and served[0].should_exit,
             allowed_hosts=frozenset(name.lower() for name in (self._config.host, *self._config.names)),
             wants_token=self._config.wants_token,
+            proxies=check_networks(self._config.proxies),
         )
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=int(GRACE_S) - 5, timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
+            http=connections(services.setting("request_head_s"), services.setting("request_stall_s")), ws="none",
+            proxy_headers=False,  # anybody can send them; `BehindProxy` believes those of trusted peers
+            timeout_graceful_shutdown=int(GRACE_S) - 5, timeout_keep_alive=75,
             ssl_certfile=self._config.tls_cert or None, ssl_keyfile=self._config.tls_key or None,
         )  # fmt: skip
         served.append(uvicorn.Server(config))
@@ -261,7 +279,8 @@ def lock_home(home: Path) -> IO[bytes]:
 
 
 def _url(config: UpConfig, port: int) -> str:
-    name = config.names[0] if config.names else config.host
+    # Behind a proxy this is the address for this machine: the proxy knows its own name.
+    name = config.names[0] if config.names and not config.proxies else config.host
     scheme = "https" if config.tls_cert else "http"
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
@@ -273,11 +292,17 @@ def check_tls(config: UpConfig) -> None:
         DeniedError: Others can reach it, and it has no certificate.
         InputError: The certificate or its key cannot be read, or they are no pair.
     """
-    if config.wants_token and not config.tls_cert:
+    check_networks(config.proxies)
+    if config.wants_token and not config.tls_cert and not config.proxies:
         raise DeniedError(
             f"{config.host} can be reached by others: tokens must not travel in the open",
-            hint="name a certificate: --tls-cert FILE --tls-key FILE; or bind 127.0.0.1",
+            hint="name a certificate: --tls-cert FILE --tls-key FILE; or the proxy that ends TLS: "
+            "--tls-terminated-by-proxy NETWORK; or bind 127.0.0.1",
         )
+    if config.proxies and config.tls_cert:
+        raise InputError("either this server ends TLS or its proxy does: want --tls-cert or --tls-terminated-by-proxy")
+    if config.proxies and not config.names:
+        raise InputError("which name do clients use, who come by the proxy?", hint="--name HOST")
     if config.wants_token and config.host in ("0.0.0.0", "::") and not config.names:
         raise InputError(
             f"{config.host} is every address of this machine: which name do clients use?", hint="--name HOST"

@@ -103,7 +103,13 @@ def _print_report(report: Any) -> None:
     erased = f", {report.erased} of them without their erased detail" if report.erased else ""
     click.echo(f"{'whole' if report.is_whole else 'NOT WHOLE'}: {report.events} events{erased}")
     if report.heads:
-        click.echo(f"{report.heads} signed heads, the last over {report.proven} events, by {', '.join(report.keys)}")
+        heads = "1 signed head" if report.heads == 1 else f"{report.heads} signed heads"
+        proven = (
+            f"the last that holds is over {report.proven} events"
+            if report.proven
+            else "none of the events that are here"
+        )
+        click.echo(f"{heads}, {proven}, by {', '.join(report.keys)}")
     else:
         click.echo("no signed head: who can write the records can rewrite all of them (`millrace up` signs heads)")
     if report.unsealed:

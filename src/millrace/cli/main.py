@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 import millrace
-from millrace.cli import audit_verbs, import_verbs, nouns, server_verbs, service_verbs, verbs
+from millrace.cli import audit_verbs, import_verbs, login_verbs, nouns, server_verbs, service_verbs, verbs
 from millrace.cli.session import Session
 from millrace.core.errors import MillraceError, UnavailableError
+from millrace.core.visible import LineFormatter
 
 EXIT_CODE_HELP = """
 \b
@@ -73,7 +74,9 @@ def cli(session: Session, home: str | None, embedded: bool, verbose: bool) -> No
       millrace up                                     a server for a team: runs, models, endpoints, pages
     """
     session.home, session.embedded = home, embedded
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     # A supervisor stops us with SIGTERM: the same graceful end as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -81,6 +84,7 @@ def cli(session: Session, home: str | None, embedded: bool, verbose: bool) -> No
 for command in (
     *verbs.COMMANDS,
     *server_verbs.COMMANDS,
+    *login_verbs.COMMANDS,
     *service_verbs.COMMANDS,
     *import_verbs.COMMANDS,
     *nouns.groups(),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from millrace.cli import audit_verbs, backup_verbs, secret_verbs, user_verbs
+from millrace.cli import audit_verbs, backup_verbs, compliance_verbs, secret_verbs, trusted_key_verbs, user_verbs
 from millrace.cli.derive import derive_command, json_option, plural, print_answer
 from millrace.cli.session import Session
 from millrace.core.errors import DeniedError
@@ -25,11 +25,13 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "quota": ("list", "set"),
     "key": ("list", "rotate", "drop"),
     "secret": ("list", "delete"),
+    "trusted_key": ("list", "revoke"),
     "user": ("list", "get", "disable_totp", "disable", "enable", "who_can"),
     "role": ("list", "create", "delete", "bindings", "grant", "revoke"),
 }
 _TABLES = {"approval": "render_rows", "approval_rule": "render_rows", "quota": "render_rows",
-           "key": "render_rows", "secret": "render_rows", "user": "render_rows", "role": "render_rows"}  # fmt: skip
+           "key": "render_rows", "secret": "render_rows", "trusted_key": "render_rows", "user": "render_rows",
+           "role": "render_rows"}  # fmt: skip
 _RENDERERS = {
     ("token", "create"): "render_created_token",
     ("user", "get"): "render_value",
@@ -48,13 +50,16 @@ _SUMMARIES = {
     "quota": "What projects may use.",
     "key": "Keys of keys: what blobs and secrets are encrypted with.",
     "secret": "Secrets: values that only steps see which name them.",
+    "trusted_key": "Keys whose signatures count: of models, of the audit, of backups.",
     "user": "Users and service accounts; who may do what.",
     "role": "Roles: built in, your own, and who has which.",
     "token": "Tokens: what clients and workers prove themselves with.",
 }
 
 
-_OWN_VERBS = {"user": user_verbs.COMMANDS, "secret": secret_verbs.SECRETS, "key": secret_verbs.KEYS}
+_OWN_VERBS = {"user": user_verbs.COMMANDS, "secret": secret_verbs.SECRETS, "key": secret_verbs.KEYS,
+              "trusted_key": trusted_key_verbs.COMMANDS,
+              "model": compliance_verbs.MODELS, "run": compliance_verbs.RUNS}  # fmt: skip
 
 
 def groups() -> list[click.Group]:

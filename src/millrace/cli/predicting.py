@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.cli.lines import flat
+from millrace.core.csv_cells import safe_cell
 from millrace.core.operations.registry import OpenModelResponse
 from millrace.formats.bundle import open_bundle
 from millrace.serve.batch import predict_file as answer_file
@@ -23,5 +24,5 @@ def write_csv(answers: list[dict[str, Any]], path: Path) -> None:
     rows = [flat(answer) for answer in answers]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["label"])
-        writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow({key: safe_cell(key) for key in writer.fieldnames})
+        writer.writerows({key: safe_cell(value) for key, value in row.items()} for row in rows)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from millrace.cli.lines import step_line, variant_rows, verdict_line
+from millrace.cli.render import console
 from millrace.cli.session import is_terminal, plain
 from millrace.core.operations.runs import RunEvent
 from millrace.core.units import format_duration
@@ -59,7 +59,7 @@ def show_run(events: Iterator[RunEvent], spec_path: Path, *, as_json: bool) -> d
     facts: dict[str, dict[str, Any]] = {}
     end: RunEvent | None = None
     view = RunView() if is_terminal() and not as_json else None
-    live = Live(view, console=Console(), refresh_per_second=8) if view is not None else nullcontext()
+    live = Live(view, console=console(), refresh_per_second=8) if view is not None else nullcontext()
     with live:
         for event in events:
             if as_json:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from millrace.cli.lines import flat, step_line, variant_rows, verdict_line
 from millrace.cli.session import plain
+from millrace.cli.terminal import plain_stdout
 from millrace.core.units import format_duration, format_size
+from millrace.core.visible import visible
 
 _UNSHOWN = frozenset({"version"})
 _STYLES = {"succeeded": "green", "ready": "green", "failed": "red", "open": "red", "running": "cyan"}
 
 
+class VisibleConsole(Console):
+    """Colours and tables of ours, with texts that are shown as they are."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The parts; their texts may be of anybody."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
 def console() -> Console:
     """A console on the present stdout, wide enough for its lines when it is not a terminal."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=160)
+    made = VisibleConsole(highlight=False, file=plain_stdout())
+    return made if made.is_terminal else VisibleConsole(highlight=False, width=160, file=plain_stdout())
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:
@@ -44,7 +57,7 @@ def render_value(value: Any) -> None:
     """Any answer: its fields, one per line."""
     data = plain(value)
     if isinstance(data, dict):
-        print_table(["FIELD", "VALUE"], [[key, _cell(item)] for key, item in data.items()])
+        print_table(["FIELD", "VALUE"], [[key, _field(key, item)] for key, item in data.items()])
     elif isinstance(data, list):
         for item in data:
             render_value(item)
@@ -52,7 +65,13 @@ def render_value(value: Any) -> None:
         console().print(str(data))
 
 
+def _field(name: str, value: Any) -> str:
+    return when(value) if name.endswith("_at") and not isinstance(value, str) else _cell(value)
+
+
 def _cell(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "-" if value is None else "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_cell(item)}" for key, item in list(value.items())[:12]) or "-"
     if isinstance(value, list | tuple):
@@ -169,8 +188,8 @@ def render_alert(alert: Any) -> None:
 def render_rows(values: list[Any]) -> None:
     """Records as a table of their own fields."""
     rows = [{key: value for key, value in plain(one).items() if key not in _UNSHOWN} for one in values]
-    header = list(rows[0]) if rows else []
-    cells = [[when(row[key]) if key == "created_at" else _cell(row[key]) for key in header] for row in rows]
+    header = [key for key in rows[0] if any(row[key] not in ("", None, []) for row in rows)] if rows else []
+    cells = [[_field(key, row[key]) for key in header] for row in rows]
     print_table([name.replace("_", " ").upper() for name in header], cells)
 
 

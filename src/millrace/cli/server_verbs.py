@@ -34,6 +34,13 @@ DEPLOY_TIMEOUT_S = 60.0
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="API processes.")
 @click.option("--tls-cert", default="", metavar="FILE", help="The server's certificate (PEM): it speaks HTTPS then.")
 @click.option("--tls-key", default="", metavar="FILE", help="Its private key, where that is not in the same file.")
+@click.option(
+    "--tls-terminated-by-proxy",
+    "proxies",
+    multiple=True,
+    metavar="NETWORK",
+    help="A proxy at this address or in this network speaks HTTPS; nobody else is answered. May be repeated.",
+)
 @click.option("--name", "names", multiple=True, metavar="HOST", help="A host name that clients use; may be repeated.")
 @json_option
 @click.pass_obj
@@ -47,6 +54,7 @@ def up(session: Session, as_json: bool, **options: Any) -> None:
       millrace up
       millrace up --port 9000 --workers 4
       millrace up --host 10.0.0.5 --tls-cert cert.pem --tls-key key.pem
+      millrace up --host 10.0.0.5 --tls-terminated-by-proxy 10.0.0.7 --name models.example.org
     """
     session.as_json = as_json
     logging.getLogger("millrace").setLevel(logging.INFO)

@@ -175,9 +175,11 @@ def _trusting(ca_file: str) -> ssl.SSLContext | bool:
     if not ca_file:
         return True
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
         raise InputError(f"{ca_file} cannot be read as certificates: {error}", hint="want a PEM file") from None
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a server's own certificate, whoever signed it, will do
+    return context
 
 
 def _with_absolute_paths(operation: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class Predictor:
 
     def __init__(self, folder: Path, digest: str, variant: str) -> None:
         self._bundle = open_bundle(folder, signature=None, verifier=None, expected_digest=digest)
-        self._session = open_session(self._bundle.model_path(variant))
+        self._session = open_session(self._bundle.model(variant))
 
     def predict(self, rows: Any) -> list[dict[str, Any]]:
         """Answers in the order of the rows."""

@@ -348,6 +348,9 @@ class LocalHandle:
             self._kill()
             self._birth.ended.wait(STATUS_WAIT_S)
         self._channel.close()
+        if self._work.scratch_dir:  # an isolated step cannot remove its own folder; what it keeps stays
+            with contextlib.suppress(OSError):
+                os.rmdir(self._work.scratch_dir)
         if note is not None:
             note.unlink(missing_ok=True)
         if self._group is not None:

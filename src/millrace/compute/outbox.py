@@ -38,6 +38,7 @@ class WorkerLink:
         self._progress_at = -1.0
         self._cancelled = threading.Event()
         self._outputs: dict[str, Artifact] = {}
+        self.environment: Artifact | None = None  # what the step runs with, once it is stored
 
     @property
     def cancelled(self) -> bool:

@@ -21,14 +21,18 @@ import numpy.random  # numpy imports it lazily: 25 ms in every worker, if not in
 
 from millrace.compute.faults import describe_exception
 from millrace.compute.held_secrets import FilteredLog, harden
+from millrace.compute.isolation import isolate
 from millrace.compute.limits import thread_environment
 from millrace.compute.link import Channel, Order
 from millrace.compute.outbox import WorkerLink, end_session, peak_bytes
 from millrace.compute.processes import die_with_parent
 from millrace.core import extras
-from millrace.core.errors import CancelledError, NotFoundError, StageError
+from millrace.core.environment import ENVIRONMENT_MEDIA_TYPE, current_environment
+from millrace.core.errors import CancelledError, MillraceError, NotFoundError, StageError
+from millrace.core.ids import canonical_json
 from millrace.core.ports import StepBlobs, Work, WorkResult
 from millrace.core.redaction import Redactor
+from millrace.core.settings import resolve_settings
 from millrace.core.spec import Spec
 from millrace.core.spec_errors import decode_hook
 from millrace.core.types import TREE_MEDIA_TYPE, Artifact
@@ -58,6 +62,8 @@ class WorkerContext:
         root = Path(work.scratch_dir) if work.scratch_dir else home / "scratch" / "steps" / work.step_id
         self._trees = home / "scratch" / "trees"
         self._scratch, self._checkpoints = root / "tmp", root / "checkpoints"
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)  # one from before
         shutil.rmtree(self._scratch, ignore_errors=True)  # of an attempt that was killed
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -172,6 +178,7 @@ def run_stage(work: Work, link: WorkerLink, blobs: StepBlobs) -> dict[str, Any]:
     stage = extras.load(work.implementation)
     spec = msgspec.json.decode(work.spec, type=Spec, dec_hook=decode_hook)
     context = WorkerContext(work, link, blobs)
+    link.environment = blobs.put(canonical_json(current_environment()), ENVIRONMENT_MEDIA_TYPE)
     facts = stage(spec, context)
     if facts is not None and not isinstance(facts, dict):
         raise StageError(f"step {work.name} must return a dictionary of facts, got {type(facts).__name__}")
@@ -193,13 +200,15 @@ def run_worker(descriptor: int, parent: int) -> NoReturn:
     order = channel.receive()
     if not isinstance(order, Order):  # the driver is gone, or has changed its mind
         os._exit(0)
+    told = _isolated(order)
+    die_with_parent(signal.SIGKILL, parent)  # a change of rights forgets it
     log = _hold_secrets(order)
     link = WorkerLink(channel, order.work)
     signal.signal(signal.SIGTERM, link.cancel)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})  # held by the fork server
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     link.start()
-    result = _work(order, link, log)
+    result = _work(order, link, log, told)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk, or closed by the step
             stream.flush()
@@ -219,10 +228,25 @@ def _hold_secrets(order: Order) -> FilteredLog | None:
     return FilteredLog(Path(order.work.log_path) if order.work.log_path else Path(os.devnull), order.secrets)
 
 
-def _work(order: Order, link: WorkerLink, log: FilteredLog | None) -> WorkResult:
+def _isolated(order: Order) -> str:
+    """Before there are threads: away from what is not the step's, if the setting wants it; what the log says of it."""
+    work, home = order.work, Path(order.work.home_dir or ".")
+    try:
+        settings = resolve_settings(environ=order.environment, home=home)
+    except MillraceError:
+        return ""  # said again, and clearly, where the step begins
+    if not settings["isolate_steps"].value:
+        return ""
+    own = Path(work.scratch_dir) if work.scratch_dir else home / "scratch" / "steps" / work.step_id
+    return isolate(home, own, Path(work.project_dir), keeps_keys=bool(settings["encryption_key"].value))
+
+
+def _work(order: Order, link: WorkerLink, log: FilteredLog | None, told: str) -> WorkResult:
     work, hide = order.work, _Held.hide
     try:
         _set_up(order, log)
+        if told:
+            print(told, flush=True)
         facts = hide.plain(_plain(extras.load(order.entry)(work, link), work))
     except BaseException as error:  # noqa: BLE001 - the border: whatever the step does becomes a result
         with contextlib.suppress(OSError):  # the log's disk may be the full one
@@ -233,7 +257,9 @@ def _work(order: Order, link: WorkerLink, log: FilteredLog | None) -> WorkResult
     if link.cancelled:
         error = CancelledError(f"step {work.name} was cancelled").to_dict()
         return WorkResult(state="cancelled", outputs=link.outputs, error=error, peak_rss_bytes=peak_bytes())
-    return WorkResult(state="succeeded", outputs=link.outputs, facts=facts, peak_rss_bytes=peak_bytes())
+    return WorkResult(
+        state="succeeded", outputs=link.outputs, facts=facts, peak_rss_bytes=peak_bytes(), environment=link.environment
+    )
 
 
 def _described(error: BaseException, work: Work) -> dict[str, Any]:

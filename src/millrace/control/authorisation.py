@@ -12,7 +12,7 @@ import msgspec
 from millrace.control.services import Services
 from millrace.core.errors import DeniedError, UnauthenticatedError
 from millrace.core.operations import Operation
-from millrace.core.principals import PREFIX_CHARACTERS, Grant, Principal, RoleRule, token_id
+from millrace.core.principals import EVERYWHERE, PREFIX_CHARACTERS, Grant, Principal, RoleRule, grant_of, token_id
 from millrace.core.types import TREE_MEDIA_TYPE, Role, RoleBinding, Token, User, WorkItem
 
 LAST_USED_EVERY_S = 60.0
@@ -105,7 +105,7 @@ def user_principal(
     granted = sorted({(binding.role, binding.where) for binding in bindings})
     return Principal(
         id=f"user:{user.name}/token:{token}" if token else f"user:{user.name}",
-        grants=(*(Grant(role=role, where=where) for role, where in granted), Grant(role=SELF)),
+        grants=(*(grant_of(role, where) for role, where in granted), grant_of(SELF, EVERYWHERE)),
         within=within, custom=((SELF, SELF_RULE), *custom_roles(services)),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,12 +22,13 @@ from millrace.core.ids import digest_bytes, new_id
 from millrace.core.ports import Blobs
 from millrace.core.types import Lease, Struct
 from millrace.security.signing import HomeSigner
-from millrace.store import backup_rows, queries, sealing, trees
+from millrace.store import backup_rows, backup_versions, queries, sealing, trees
 from millrace.store.backup_flow import in_order
 from millrace.store.backup_index import Index, index_path, read_index, write_index
 from millrace.store.backup_naming import Named
 from millrace.store.backup_rows import Piece, Points
 from millrace.store.backup_vault import FilePart, Manifest, Ref, TablePart, Vault
+from millrace.store.backup_versions import Stretch
 from millrace.store.blobs_local import CHUNK_BYTES
 from millrace.store.database import Connection
 from millrace.store.layout import HEAD
@@ -39,7 +41,7 @@ PATIENCE_S = 60.0  # for a collection of garbage to end
 AT_ONCE = 4
 SAMPLE = 8  # objects that are read again each time
 SAMPLE_BYTES = 1 << 20  # of them together, or this part of all blobs if that is more
-SAMPLE_PART = 400
+SAMPLE_PART = 2000
 NOT_RESTORED = ("records_url", "blobs_url", "home", "url")  # settings that name where the old home was
 
 
@@ -48,7 +50,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
     include_keys: bool = False
     include_logs: bool = False
-    is_full: bool = False  # read all metric points, also those that an earlier backup has
+    is_full: bool = False  # read all rows, also those that an earlier backup has
 
 
 class Made(Struct, frozen=True, kw_only=True):
@@ -82,6 +84,7 @@ def make_backup(services: Services, vault: Vault, options: Options, between: Cal
         raise InputError("keys are not put into a backup that is not encrypted", hint="name one with --encrypt-key")
     records.seal()
     vault.prepare(home_of(records))
+    backup_versions.prepare(records)
     with ExitStack() as held, ExitStack() as seen:
         connection = _begin(services, records, held, seen)
         maker = _Maker(services, records, vault, options, between)
@@ -159,6 +162,7 @@ class _Maker:
         self._before = set(self._there)
         self._index_path = index_path(services.home, vault.place.url)
         self._points: dict[int, Points] = {}
+        self._stretches: defaultdict[str, list[Stretch]] = defaultdict(list)
         self._tables: list[TablePart] = []
         self._digest = ""
 
@@ -184,8 +188,11 @@ class _Maker:
             missing=sorted({*self._damaged, *self._named.absent(listed)}), signer=signer.public_key().decode(),
         )  # fmt: skip
         self._between("manifest")
-        self._vault.put_manifest(manifest, signer.sign)
-        write_index(self._index_path, Index(seq=head[0], chain=head[1], points=self._points, trees=tree_files))
+        self._vault.put_manifest(manifest, self._services.signer.sign)  # refuses with a key that was revoked
+        known = Index(
+            seq=head[0], chain=head[1], points=self._points, stretches=self._stretches, trees=tree_files
+        )  # fmt: skip
+        write_index(self._index_path, known)
         return Made(
             manifest=manifest, signed_by=signer.key_id, digest=self._digest, new_objects=self._new_objects,
             written_bytes=self._vault.written_bytes, read_bytes=self._read_bytes + self._vault.read_bytes,
@@ -198,11 +205,11 @@ class _Maker:
         columns = backup_rows.columns()
         chunks: dict[str, list[Ref]] = {name: [] for name in columns}
         digest: backup_rows.RecordsDigest | None = backup_rows.RecordsDigest()
-        found = backup_rows.pieces(connection, self._named.see, lambda bucket: self._known(index, bucket))
+        stretches = {name: [*filter(self._is_there, known)] for name, known in index.stretches.items()}
+        found = backup_rows.pieces(connection, self._named.see, lambda bucket: self._known(index, bucket), stretches)
         for piece, ref in in_order(AT_ONCE, found, lambda piece: (piece, self._put_piece(piece))):
             chunks[piece.table].append(ref)
-            if piece.points is not None and piece.bucket is not None:
-                self._points[piece.bucket] = piece.points
+            self._remember(piece)
             if piece.payload is None:
                 digest = None
             elif digest is not None:
@@ -213,9 +220,22 @@ class _Maker:
         ]
         self._digest = digest.text() if digest is not None else ""
 
+    def _remember(self, piece: Piece) -> None:
+        """For the next time; small pieces are read again, with what is added to them."""
+        if piece.points is not None and piece.bucket is not None:
+            self._points[piece.bucket] = piece.points
+        if piece.stretch is not None:
+            if piece.payload is None:
+                self._named.add(piece.table, piece.stretch.blobs)
+            if piece.size_bytes >= backup_rows.SMALLEST_BYTES:
+                self._stretches[piece.table].append(piece.stretch)
+
     def _known(self, index: Index, bucket: int) -> Points | None:
         found = index.points.get(bucket)
-        return found if found is not None and self._vault.name("chunks", found.digest) in self._there else None
+        return found if found is not None and self._is_there(found) else None
+
+    def _is_there(self, known: Points | Stretch) -> bool:
+        return self._vault.name("chunks", known.digest) in self._there
 
     def _put_piece(self, piece: Piece) -> Ref:
         ref = Ref(piece.digest, piece.size_bytes, piece.rows)

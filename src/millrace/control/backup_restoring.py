@@ -7,8 +7,8 @@ command and goes on with the blobs that are there.
 
 from __future__ import annotations
 
-import io
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,17 +22,22 @@ from millrace.core.ports import Blobs
 from millrace.core.types import Struct
 from millrace.security import chain
 from millrace.store import backup_marker, backup_rows, sealing
+from millrace.store.backup_blobs import BulkBlobs
+from millrace.store.backup_filling import filling, forget, in_bulk
 from millrace.store.backup_flow import in_order
 from millrace.store.backup_marker import Restoring
+from millrace.store.backup_place import FolderPlace
 from millrace.store.backup_vault import FilePart, Manifest, Ref, Vault
-from millrace.store.blobs_local import disk_errors, sync_folder
+from millrace.store.blobs_local import LocalBlobs, damaged, disk_errors, sync_folder
 from millrace.store.database import Connection
 from millrace.store.layout import HEAD
 from millrace.store.records_sql import SqlRecords
 
-BLOBS_AT_ONCE = 8
+BLOBS_AT_ONCE = 8  # most of them wait for a network
+CORES_LEFT = 2  # between folders, where they work: one core in so many is for the blobs, the others for the records
 PIECES_AT_ONCE = 4
 KEEP_ALIVE_S = 10.0
+SAMPLE_OF = 8  # pieces; `drill` reads all of them again
 
 
 class Target:
@@ -99,6 +104,9 @@ class _Restore:
         self._between = between
         self._is_over = threading.Event()
         self._blobs_s = 0.0
+        self._bulk = BulkBlobs(target.blobs.root) if isinstance(target.blobs, LocalBlobs) else None
+        is_local = self._bulk is not None and isinstance(vault.place, FolderPlace)
+        self._at_once = min(BLOBS_AT_ONCE, max(2, (os.cpu_count() or 2) // CORES_LEFT)) if is_local else BLOBS_AT_ONCE
 
     def run(self) -> Restored:
         began = self._clock.monotonic()
@@ -118,53 +126,71 @@ class _Restore:
         """Everything but the records: how many blobs, and their bytes."""
         began = self._clock.monotonic()
         self._between("blobs")
-        blobs = self._target.blobs
-        have = {one.digest for one in blobs.list()}
+        have = {one.digest for one in self._target.blobs.list()}
         wanted = list(_listed(self._vault, self._manifest))
-        todo = (ref for ref in wanted if ref.digest not in have and not self._is_over.is_set())
-        for ref in in_order(BLOBS_AT_ONCE, todo, lambda ref: _restore_blob(self._vault, ref, blobs)):
+        todo = (ref for ref in wanted if not self._is_over.is_set())
+        for ref in in_order(self._at_once, todo, lambda ref: self._restore_blob(ref, ref.digest in have)):
             self._between(ref.digest)
+        if self._bulk is not None:
+            self._bulk.sync()
         self._between("files")
         for file in self._manifest.files:
             _restore_file(self._vault, file, self._target.home)
         self._blobs_s = self._clock.monotonic() - began
         return len(wanted), sum(ref.size_bytes for ref in wanted)
 
+    def _restore_blob(self, ref: Ref, is_there: bool) -> Ref:
+        if is_there and (self._bulk is None or self._bulk.is_whole(ref.digest)):
+            return ref  # of a restore that was killed; a store shows what is durable, a folder may show less
+        with self._vault.open_blob(ref) as source:
+            if self._bulk is not None:
+                self._bulk.receive(source, ref.digest, ref.size_bytes)
+                return ref
+            stored = self._target.blobs.put(source)  # finds the digest anyway: it need not be found twice
+        if stored.digest != ref.digest:
+            self._target.blobs.delete(stored.digest)
+            raise damaged(ref.digest, stored.digest)
+        return ref
+
     def _restore_records(self, others: Future[tuple[int, int]]) -> tuple[str, str]:
         """The digest of the records that are there now, and what is wrong with their chain of events."""
         if [table.name for table in self._manifest.tables] != list(backup_rows.columns()):
             raise CorruptError("the backup has other tables than the schema that it names")
         self._between("records")
-        records = self._target.open_records()
-        try:
-            with records.writing() as into:
-                if backup_rows.is_empty(into):
-                    with backup_rows.in_bulk(into):
-                        self._insert(into)
-                # else: killed between the commit and the end; whether it is all there is seen now
+        with filling(self._target.open_records(), self._target.home) as into:
+            if backup_rows.is_empty(into):
+                with in_bulk(into):
+                    digest = self._insert(into)
+            else:  # killed between the commit and the end; whether it is all there is seen now
                 digest = _compare(self._manifest, into)
-                problem = _check_chain(self._manifest, into)
-                while not wait([others], KEEP_ALIVE_S).done:
-                    into.execute("SELECT 1")  # or the server would take this transaction for forgotten
-                others.result()  # no records before all that they name
-                self._between("commit")
-        finally:
-            records.close()
+            problem = _check_chain(self._manifest, into)
+            while not wait([others], KEEP_ALIVE_S).done:
+                into.execute("SELECT 1")  # or the server would take this transaction for forgotten
+            others.result()  # no records before all that they name
+            self._between("commit")
         return digest, problem
 
-    def _insert(self, into: Connection) -> None:
+    def _insert(self, into: Connection) -> str:
+        """Put the rows back; what SQLite has just taken is read again here and there, another database's all of it."""
+        digest = backup_rows.RecordsDigest()
         for table in self._manifest.tables:
             self._between(f"table {table.name}")
             for payload in in_order(PIECES_AT_ONCE, table.chunks, lambda ref: self._vault.read("chunks", ref)):
                 rows = backup_rows.named_rows_of(payload, table.name)
                 backup_rows.insert(into, table.name, table.columns, rows)
+                is_looked_at = into.dialect != "sqlite" or random.randrange(SAMPLE_OF) == 0
+                if is_looked_at and backup_rows.read_again(into, table.name, rows) != payload:
+                    raise _differs(table.name)
+                digest.add(payload)
         backup_rows.go_on_counting(into)
+        return digest.text()
 
 
 def _claim(vault: Vault, manifest: Manifest, target: Target) -> None:
     """Mark the home as being restored; refuse one that has something."""
     found = backup_marker.read(target.home)
     if found is not None and found.backup == manifest.id:
+        forget(target.home)
         return
     if found is not None:
         raise ConflictError(
@@ -194,40 +220,6 @@ def _listed(vault: Vault, manifest: Manifest) -> Iterator[Ref]:
         for digest, size in backup_rows.rows_of(payload, "blobs"):
             vault.name("blobs", digest)  # refuses what is no digest
             yield Ref(digest, size)
-
-
-def _restore_blob(vault: Vault, ref: Ref, blobs: Blobs) -> Ref:
-    # The store finds the digest anyway: it need not be found twice.
-    stored = blobs.put(io.BufferedReader(_Parts(vault.stream("blobs", ref, verify=False)), 1 << 20))
-    if stored.digest != ref.digest:
-        blobs.delete(stored.digest)
-        raise CorruptError(
-            f"the blob {ref.digest} of the backup is damaged: its bytes have the digest {stored.digest}",
-            details={"digest": ref.digest},
-        )
-    return ref
-
-
-class _Parts(io.RawIOBase):
-    """Pieces of bytes as a stream."""
-
-    def __init__(self, parts: Iterator[bytes]) -> None:
-        super().__init__()
-        self._parts, self._held = parts, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._held:
-            part = next(self._parts, None)
-            if part is None:
-                return 0
-            self._held = memoryview(part)
-        count = min(len(buffer), len(self._held))
-        buffer[:count] = self._held[:count]
-        self._held = self._held[count:]
-        return count
 
 
 def _restore_file(vault: Vault, file: FilePart, home: Path) -> None:
@@ -265,12 +257,16 @@ def _compare(manifest: Manifest, into: Connection) -> str:
         wanted = (ref.digest for ref in table.chunks)
         for payload in backup_rows.read_back(into, table.name, [ref.rows for ref in table.chunks]):
             if next(wanted, None) != digest_bytes(payload):
-                raise CorruptError(
-                    f"the records read back differently from the backup in the table {table.name}: nothing was kept",
-                    hint="remove the home and restore again; check the disk and memory of its machine",
-                )
+                raise _differs(table.name)
             digest.add(payload)
     return digest.text()
+
+
+def _differs(table: str) -> CorruptError:
+    return CorruptError(
+        f"the records read back differently from the backup in the table {table}: nothing was kept",
+        hint="remove the home and restore again; check the disk and memory of its machine",
+    )
 
 
 def _check_chain(manifest: Manifest, into: Connection) -> str:

@@ -1,35 +1,39 @@
-"""Encryption of backups: AES-256-GCM in segments, a key of its own for every object, names that say nothing.
+"""Encryption of backups: every object is an envelope under a key of its own; names say nothing.
 
-An object is `MRB1`, a random salt of 32 bytes, and segments of 1 MiB, each with its tag. Its key is
-HKDF-SHA-256(secret, salt, name). A segment's nonce is its number and whether it is the last one; with the
-name they are its associated data too: segments that are swapped, dropped, added or put under another name
-do not open.
+An object is `MRB2`, a random salt of 32 bytes, and an envelope (see `security.envelope`: AES-256-GCM in chunks).
+Its key is HKDF-SHA-256(secret, salt, name): what was altered, cut, or put under another name does not open.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
+import io
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from millrace.core.errors import CorruptError, InputError
+from millrace.core.errors import CorruptError, InputError, SchemaVersionError
+from millrace.security.envelope import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    KEY_BYTES,
+    TAG_BYTES,
+    DecryptingReader,
+    EncryptingReader,
+    sealed_size,
+)
+from millrace.security.keyring import one_key
 from millrace.store.backup_place import regular
 
-SEGMENT_BYTES = 1 << 20
-TAG_BYTES, SALT_BYTES, KEY_BYTES = 16, 32, 32
-MAGIC = b"MRB1"
-_HEX = re.compile(rb"[0-9a-fA-F]{64}")
+SALT_BYTES = 32
+MAGIC, VERSION = b"MRB", b"2"
+PREFIX_BYTES = len(MAGIC) + len(VERSION) + SALT_BYTES
 _HINT = "make one with `openssl rand -hex 32`, and keep a copy where the backups are not"
 log = logging.getLogger(__name__)
 
@@ -57,22 +61,10 @@ def read_key(text: str) -> BackupKey:
             raise InputError(f"the key {text} cannot be read: {error.strerror}", hint=_HINT) from error
     else:
         raise InputError("want the key of the backups as file:PATH or env:NAME", hint=_HINT)
-    return BackupKey(_decoded(raw, text))
-
-
-def _decoded(raw: bytes, where: str) -> bytes:
-    if len(raw) == KEY_BYTES:
-        return raw
-    text = raw.strip()
-    if _HEX.fullmatch(text):
-        return bytes.fromhex(text.decode())
-    try:
-        key = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise InputError(f"the key {where} must be 32 bytes, as 64 hexadecimal digits or as base64", hint=_HINT)
-    return key
+    key = one_key(raw)
+    if key is None:
+        raise InputError(f"the key {text} must be 32 bytes, as 64 hexadecimal digits or as base64", hint=_HINT)
+    return BackupKey(key)
 
 
 class BackupKey:
@@ -84,7 +76,7 @@ class BackupKey:
     Example:
         >>> key = BackupKey(bytes(32))
         >>> sealed = b"".join(key.seal("blobs/ab/cd", [b"hello"]))
-        >>> len(sealed) == key.sealed_size(5), b"".join(key.open("blobs/ab/cd", [sealed]))
+        >>> len(sealed) == key.sealed_size(5), key.open("blobs/ab/cd", io.BytesIO(sealed), 5).read()
         (True, b'hello')
     """
 
@@ -103,65 +95,60 @@ class BackupKey:
 
     def sealed_size(self, size: int) -> int:
         """How many bytes so many become."""
-        segments = max(1, -(-size // SEGMENT_BYTES))
-        return len(MAGIC) + SALT_BYTES + size + segments * TAG_BYTES
+        return PREFIX_BYTES + sealed_size(size)
+
+    def plain_size(self, sealed: int) -> int:
+        """How many bytes are in so many; whether that is so is seen when they are opened.
+
+        Example:
+            >>> key = BackupKey(bytes(32))
+            >>> [key.plain_size(key.sealed_size(size)) for size in (0, 1, 262_144, 262_145)]
+            [0, 1, 262144, 262145]
+        """
+        chunks = sealed - PREFIX_BYTES - HEADER_BYTES
+        return max(0, chunks - TAG_BYTES * max(1, -(-chunks // (CHUNK_BYTES + TAG_BYTES))))
 
     def seal(self, name: str, parts: Iterable[bytes]) -> Iterator[bytes]:
         """Encrypt the bytes of an object."""
         salt = os.urandom(SALT_BYTES)
-        cipher = AESGCM(self._derive(salt, name.encode()))
-        yield MAGIC + salt
-        for number, segment, is_last in _with_last(regular(parts, SEGMENT_BYTES)):
-            nonce = _nonce(number, is_last)
-            yield cipher.encrypt(nonce, segment, nonce + name.encode())
+        source: Any = _Parts(regular(parts, CHUNK_BYTES))
+        yield MAGIC + VERSION + salt
+        sealed = EncryptingReader(source, self._derive(salt, name.encode()))
+        while part := sealed.read(CHUNK_BYTES + TAG_BYTES):
+            yield part
 
-    def open(self, name: str, parts: Iterable[bytes]) -> Iterator[bytes]:
-        """Decrypt the bytes of an object: whatever comes out was put in under this name.
+    def open(self, name: str, source: BinaryIO, size: int) -> io.RawIOBase:
+        """The plain bytes of an object, to be read forward: whatever comes out was put in under this name.
+
+        Args:
+            name: Of the object.
+            source: At its beginning; closed with what is returned.
+            size: Of the plain bytes.
 
         Raises:
-            CorruptError: It was altered or cut, or another key sealed it.
+            CorruptError: It was altered or cut, or another key sealed it. Also while reading.
+            SchemaVersionError: Another version of Millrace has sealed it.
         """
-        header, rest = _take(iter(parts), len(MAGIC) + SALT_BYTES)
-        if len(header) < len(MAGIC) + SALT_BYTES or not header.startswith(MAGIC):
+        prefix = source.read(PREFIX_BYTES)
+        if len(prefix) < PREFIX_BYTES or not prefix.startswith(MAGIC):
             raise CorruptError(f"{name} of the backup is cut off, or is not encrypted", details={"object": name})
-        cipher = AESGCM(self._derive(header[len(MAGIC) :], name.encode()))
-        for number, segment, is_last in _with_last(regular(rest, SEGMENT_BYTES + TAG_BYTES)):
-            nonce = _nonce(number, is_last)
-            try:
-                yield cipher.decrypt(nonce, segment, nonce + name.encode())
-            except InvalidTag:
-                raise CorruptError(
-                    f"{name} of the backup does not open: it was altered or cut off, or sealed with another key",
-                    details={"object": name},
-                ) from None
+        if prefix[len(MAGIC) :][:1] != VERSION:
+            raise SchemaVersionError(
+                f"{name} of the backup is encrypted in a way that this Millrace does not know",
+                hint="read it with the Millrace version that made it; begin with a new destination here",
+            )
+        key = self._derive(prefix[-SALT_BYTES:], name.encode())
+        return DecryptingReader(source, key, size, f"{name} of the backup")
 
     def _derive(self, salt: bytes, info: bytes) -> bytes:
         return HKDF(SHA256(), KEY_BYTES, salt, b"millrace backup v1\n" + info).derive(self._secret)
 
 
-def _nonce(number: int, is_last: bool) -> bytes:
-    return number.to_bytes(11, "big") + bytes([is_last])
+class _Parts:
+    """Pieces of one size as a stream that is asked for such pieces."""
 
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
 
-def _with_last(segments: Iterator[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """Segments with their number and whether they are the last; there is always one."""
-    number, held = 0, next(segments, b"")
-    for segment in segments:
-        yield number, held, False
-        number, held = number + 1, segment
-    yield number, held, True
-
-
-def _take(parts: Iterator[bytes], count: int) -> tuple[bytes, Iterator[bytes]]:
-    """The first bytes, and the others."""
-    held = b""
-    for part in parts:
-        held += part
-        if len(held) >= count:
-            break
-
-    def others() -> Iterator[bytes]:
-        yield held[count:]
-        yield from parts
-
-    return held[:count], others()
+    def read(self, _: int) -> bytes:
+        return next(self._parts, b"")

@@ -46,7 +46,11 @@ def find_version(services: Services, model: str, number: int) -> ModelVersion | 
 def prepare_register(
     services: Services, spec: Spec, parts: Mapping[str, str], steps: Mapping[str, Step]
 ) -> Preparation:
-    """The champion joins the inputs; a step that made the present champion is not repeated against itself."""
+    """The champion joins the inputs; a step that made the present champion is not repeated against itself.
+
+    Raises:
+        UntrustedError: No key that counts has signed the champion.
+    """
     model, alias_name = model_name(spec), spec.register.alias
     alias = services.records.get(Alias, f"{model}/{alias_name}")
     champion = find_version(services, model, alias.number) if alias else None
@@ -59,6 +63,9 @@ def prepare_register(
         made = earlier.outputs.get("bundle")
         if base == own and made is not None and (made.digest == digest or earlier.key_parts.get("champion") == digest):
             return Preparation(reuse=earlier)
+    if champion is not None:  # the step opens and runs it
+        signature = services.blobs.read(champion.signature.digest) if champion.signature else b""
+        services.signer.verify(champion.bundle.digest, signature)
     inputs = {"champion.bundle": champion.bundle} if champion else {}
     lineage = {
         "dataset": steps["data"].outputs["dataset"].digest,

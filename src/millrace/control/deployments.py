@@ -11,17 +11,19 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from millrace.control.callers import Callers
 from millrace.control.dispatch import handles
 from millrace.control.endpoints import sections_of
 from millrace.control.models import open_version, resolve_model
 from millrace.control.seen import seen
 from millrace.control.services import Services
 from millrace.control.watching import Watch
-from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError
+from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError, UntrustedError
 from millrace.core.operations import live as ops
 from millrace.core.refs import Ref
 from millrace.core.types import Alias, Endpoint, Lease, ModelVersion
 from millrace.formats.bundle import open_bundle
+from millrace.serve.access import Denied
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
 from millrace.serve.listen import bind
 from millrace.serve.telemetry import TelemetryFrame
@@ -32,7 +34,6 @@ BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 30.0
 PORT_WAIT_S = 15.0  # longer than a host drains
 RETRY_S = 5.0  # between looks at a version that cannot be served
-LOOPBACK = "127.0.0.1"
 CRASHES_OF_A_LOOP = 5
 SHARED = ""  # the key of the process that hosts all endpoints but isolated ones
 log = logging.getLogger(__name__)
@@ -110,12 +111,12 @@ class Host:
         self.due_at = now + BACKOFF_S[min(self.crashes, len(BACKOFF_S) - 1)]
         self.process, self.applied = None, {}
 
-    def waits_for_port(self) -> bool:
+    def waits_for_port(self, place: HostConfig) -> bool:
         """Whether the port is still held by the process before, which drains; not for ever."""
         if self.port == 0:
             return False
         try:
-            bind(LOOPBACK, self.port).close()
+            bind(place.host, self.port, is_guarded=place.wants_token).close()
         except MillraceError:
             now = time.monotonic()
             self.waits_for_port_until = self.waits_for_port_until or now + PORT_WAIT_S
@@ -140,18 +141,22 @@ class Reconciler:
 
     Args:
         services: The home.
-        port: Where the shared process listens; 0 takes the port of the server before, or a free one, and keeps it.
+        place: Where processes listen, and whether they want tokens. Its port is the shared process's; 0 takes
+            that of the server before, or a free one, and keeps it. Clients use the first of the allowed hosts.
     """
 
-    def __init__(self, services: Services, port: int = 0) -> None:
-        self._services = services
+    def __init__(self, services: Services, place: HostConfig | None = None) -> None:
+        self._services, self._place = services, place or HostConfig()
+        self._callers = Callers(services)
+        self._denied: queue.Queue[Denied] = queue.Queue()
         self._lease: Lease | None = None
-        self._hosts: dict[str, Host] = {SHARED: Host(SHARED, port)}
+        self._hosts: dict[str, Host] = {SHARED: Host(SHARED, self._place.port)}
         self._watches: dict[str, Watch] = {}
         self._frames: queue.Queue[tuple[str, TelemetryFrame]] = queue.Queue()
         self._states: queue.Queue[tuple[str, ModelState]] = queue.Queue()
         self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
         self._refused: dict[str, tuple[Wish, float]] = {}  # what cannot be served, and when to try it again
+        self._proofs: dict[str, bytes] = {}  # signatures of served versions, by their id
         self._mended: set[str] = set()  # these want again what is served
 
     def __call__(self, lease: Lease) -> None:
@@ -171,6 +176,9 @@ class Reconciler:
         self._mended = set()
         for key in {*self._hosts, *wanted}:
             self._keep(self._hosts.setdefault(key, Host(key, 0)), wanted.get(key, {}), fresh)
+        if self._place.wants_token:
+            self._callers.tell([host.process for host in self._hosts.values() if host.process is not None])
+        self._drain(self._denied, self._callers.record)
         self._drain(self._states, self._take_state)
         self._drain(self._frames, self._take_frame)
         for name, watch in self._watches.items():
@@ -226,11 +234,12 @@ class Reconciler:
     def _model_of(self, endpoint: Endpoint) -> HostedModel | None:
         """What an endpoint is to serve now. What cannot be served is this endpoint's trouble alone.
 
-        A version that is corrupt does not take the place of the one before; a deleted one is served no longer.
+        A version that is corrupt does not take the place of the one before. One that was deleted, or whose key
+        counts no more, is served no longer.
         """
         wish = self._wish_of(endpoint)
         known = self._models.get(endpoint.name)
-        if known is not None and not self._is_registered(known[1]):
+        if known is not None and not (self._is_registered(known[1]) and self._is_trusted(known[1])):
             del self._models[endpoint.name]
             known = None
         if known is not None and known[0] == wish:
@@ -259,14 +268,26 @@ class Reconciler:
     def _is_registered(self, version: ModelVersion) -> bool:
         return self._services.records.get(ModelVersion, version.id) is not None
 
+    def _is_trusted(self, version: ModelVersion) -> bool:
+        """Asked in every round: a key may have been revoked, or its time be over."""
+        proof = self._proofs.get(version.id)
+        if proof is None and version.signature is not None:
+            proof = self._proofs[version.id] = self._services.blobs.read(version.signature.digest)
+        try:
+            self._services.signer.verify(version.bundle.digest, proof or b"")
+        except UntrustedError:
+            return False
+        return True
+
     def _open(self, endpoint: Endpoint, wish: Wish) -> tuple[ModelVersion, HostedModel]:
         version = resolve_model(self._services, f"{wish.model}@{wish.number}")
         folder = open_version(self._services, version)
         bundle = open_bundle(folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
         serve, monitor = sections_of(self._services.home)
         model = HostedModel(
-            endpoint=endpoint.name, bundle_dir=str(folder), digest=version.bundle.digest, version=str(wish.number),
-            variant=wish.variant or version.chosen_variant, asked_variant=wish.variant, threads=wish.threads,
+            endpoint=endpoint.name, project=version.project, bundle_dir=str(folder), digest=version.bundle.digest,
+            version=str(wish.number), variant=wish.variant or version.chosen_variant, asked_variant=wish.variant,
+            threads=wish.threads,
             max_batch=serve.max_batch, queue=serve.queue, reference=bundle.reference or None,
         )  # fmt: skip
         self._watches[endpoint.name] = Watch(self._services, endpoint.name, version, bundle.reference, monitor)
@@ -298,7 +319,7 @@ class Reconciler:
             return
         if process is None:
             is_due = time.monotonic() >= host.due_at or not fresh.isdisjoint(wanted)  # a new deployment may mend it
-            if not is_due or host.waits_for_port():
+            if not is_due or host.waits_for_port(self._place):
                 return
             process = self._start(host, wanted)
         if process is not None and (wanted != host.applied or fresh & {*wanted}):
@@ -311,9 +332,10 @@ class Reconciler:
         host.began = time.monotonic()
         try:
             process = HostProcess(
-                HostConfig(host=LOOPBACK, port=host.port),
+                msgspec.structs.replace(self._place, port=host.port),
                 on_frame=lambda name, frame: self._frames.put((name, frame)),
                 on_state=lambda state: self._states.put((host.key, state)),
+                on_denied=self._denied.put,
             )
             host.port = process.wait_ready()
         except (MillraceError, OSError) as error:
@@ -339,13 +361,18 @@ class Reconciler:
         host, known = self._hosts.get(key), self._models.get(state.endpoint)
         if host is None or host.process is None or known is None or known[2].version != state.version:
             return
-        where = {"url": f"http://{LOOPBACK}:{host.port}", "pid": host.process.pid}
+        where = {"url": self._url(host.port), "pid": host.process.pid}
         if state.endpoint in self._refused:  # the version before is served on
             self._write(state.endpoint, **where)
         elif state.error is not None:
             self._write(state.endpoint, state=FAILED, text=state.error["message"], url=None, pid=None)
         else:
             self._write(state.endpoint, state=READY, text="", number=known[1].number, **where)
+
+    def _url(self, port: int) -> str:
+        name = self._place.allowed_hosts[0] if self._place.allowed_hosts else self._place.host
+        scheme = "https" if self._place.tls_cert else "http"
+        return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
     def _take_frame(self, item: tuple[str, TelemetryFrame]) -> None:
         name, frame = item

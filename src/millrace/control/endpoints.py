@@ -10,7 +10,7 @@ from millrace.control.models import resolve_model
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.addresses import loopback_address
-from millrace.core.errors import ConflictError, SpecError
+from millrace.core.errors import ConflictError, NotFoundError, SpecError
 from millrace.core.operations import live as ops
 from millrace.core.settings import SPEC_NAME
 from millrace.core.spec import Monitor, Serve
@@ -31,6 +31,19 @@ def serve_endpoint(services: Services, body: ops.ServeRequest) -> Iterator[ops.S
         )
     serve, monitor = sections_of(services.home)
     return extras.load("millrace.control.supervise:supervise")(services, version, body, serve, monitor)
+
+
+@handles(ops.PREDICT)
+def address_of(services: Services, body: ops.NameRequest) -> ops.EndpointAddress:
+    """Where to call an endpoint."""
+    endpoint = services.records.get(Endpoint, body.name)
+    if endpoint is None or not endpoint.url:
+        raise NotFoundError(f"no endpoint {body.name[:80]!r} is served", hint="`millrace endpoints` lists them")
+    url = endpoint.url
+    return ops.EndpointAddress(
+        endpoint=endpoint.name, state=endpoint.state, predict=f"{url}/v1/models/{endpoint.name}:predict",
+        infer=f"{url}/v2/models/{endpoint.name}/infer", wants_token=url.startswith("https:"),
+    )  # fmt: skip
 
 
 def sections_of(home: Path) -> tuple[Serve, Monitor]:

@@ -12,6 +12,7 @@ from millrace.core.ports import Transaction
 from millrace.core.types import User
 
 _OTHER = re.compile(r"[^a-z0-9._@+-]+")
+_RESERVED = re.compile(r"owner(-\d+)?")  # whom a server makes an owner at its first start
 MAX_NAME = 56  # leaves room for a number
 
 
@@ -59,8 +60,8 @@ def plain_name(text: str) -> str:
     """A name that a user may have, from one of elsewhere.
 
     Example:
-        >>> plain_name("Ada Lovelace"), plain_name("--/"), plain_name("ada@example.org")
-        ('ada-lovelace', 'user', 'ada@example.org')
+        >>> plain_name("Ada Lovelace"), plain_name("--/"), plain_name("ada@example.org"), plain_name("Owner")
+        ('ada-lovelace', 'user', 'ada@example.org', 'user')
     """
     name = _OTHER.sub("-", text.strip().lower()).lstrip("._@+-")[:MAX_NAME].rstrip("._@+-")
-    return name or "user"
+    return "user" if not name or _RESERVED.fullmatch(name) else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
 import polars as pl
 
 from millrace.compress.foreign import compress_model
@@ -27,35 +27,30 @@ from millrace.core.refs import Ref
 from millrace.core.spec import Compress
 from millrace.core.types import ModelVersion
 from millrace.core.units import Share
+from millrace.data.tables import read_bytes
 from millrace.formats.bundle import BundleContents, write_bundle
+from millrace.formats.onnx_file import check_model, read_model, what_else
 from millrace.formats.session import Session, open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.stats.drift import build_reference
 
-MAX_MODEL_BYTES = 2_000_000_000
 GOLDEN_ROWS = 16
+TRIAL_S = 60.0  # for a few rows, of a graph that may turn in a loop for ever
+HEAD_BYTES = 512
 UNKNOWN_DIMENSION = 1
 
 
-def check_onnx(path: Path) -> Session:
-    """Open a foreign file safely: size, the ONNX checker, no data outside it, then onnxruntime.
+def check_onnx(path: Path) -> tuple[Session, bytes]:
+    """Open a foreign file safely: read once, checked, then opened by onnxruntime. What is kept are these bytes.
 
     Raises:
         NotFoundError: There is no such file.
         InputError: It is not one valid, self-contained ONNX graph.
         CorruptError: It cannot be loaded.
     """
-    if not path.is_file():
-        raise NotFoundError(f"there is no file {path}", hint="check the path")
-    if path.stat().st_size > MAX_MODEL_BYTES:
-        raise InputError(f"{path.name} has {path.stat().st_size} bytes; want at most {MAX_MODEL_BYTES}")
-    session = open_session(path)
-    try:
-        onnx.checker.check_model(onnx.load_model_from_string(path.read_bytes()), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path.name} is not a valid ONNX model: {reason}", hint="export it again") from None
-    return session
+    data = read_model(path)
+    check_model(data, path.name)
+    return open_session(data, name=path.name), data
 
 
 def read_table(path: Path, label: str) -> tuple[pl.DataFrame, pl.Series]:
@@ -63,23 +58,32 @@ def read_table(path: Path, label: str) -> tuple[pl.DataFrame, pl.Series]:
 
     Raises:
         NotFoundError: There is no such file.
-        DataError: It cannot be read, or has no such column.
+        DataError: It cannot be read, is packed in a way that is not unpacked here, or has no such column.
     """
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}", hint="check the path")
-    try:
-        if path.suffix == ".parquet":
-            table = pl.read_parquet(path)
-        elif path.suffix in (".jsonl", ".ndjson"):
-            table = pl.read_ndjson(path)
-        else:
-            table = pl.read_csv(path, infer_schema_length=None)
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
-        raise DataError(f"{path.name} cannot be read as a table: {str(error).splitlines()[0]}") from None
+    table = _read_rows(path)
     if label not in table.columns:
         raise DataError(f"{path.name} has no column {label!r}", hint="columns: " + ", ".join(table.columns[:12]))
     table = table.drop_nulls(label)
     return table.drop(label), table[label]
+
+
+def _read_rows(path: Path) -> pl.DataFrame:
+    """The whole table. Polars would unpack whatever is packed, to any size: only `.gz` is, up to a bound."""
+    source = io.BytesIO(read_bytes(path, path.name)) if path.suffix == ".gz" else path
+    with path.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()[:HEAD_BYTES]) as file:
+        other = what_else(file.read(HEAD_BYTES))
+    if other is not None:
+        raise DataError(f"{path.name} is {other}; want a table", hint="give a .csv, .csv.gz, .jsonl or .parquet file")
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(source)
+        if path.suffix in (".jsonl", ".ndjson"):
+            return pl.read_ndjson(source)
+        return pl.read_csv(source, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        raise DataError(f"{path.name} cannot be read as a table: {str(error).splitlines()[0]}") from None
 
 
 def tensors_of(session: Session, rows: pl.DataFrame, name: str) -> tuple[dict[str, np.ndarray], list[TensorSpec]]:
@@ -161,7 +165,7 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
         InputError: Not a valid model, or a name that cannot be one.
     """
     path = local_path(services, body.path)
-    session = check_onnx(path)
+    session, data = check_onnx(path)
     name = Ref.parse((body.name or path.stem).lower().replace("_", "-"), kind="model").name
     reference: dict[str, Any] = {}
     if body.data is not None:
@@ -170,16 +174,20 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
         rows, labels = read_table(local_path(services, body.data), body.label)
         tensors, inputs = tensors_of(session, rows, Path(body.data).name)
         signature = _signature(session, inputs, body.label, sorted({str(value) for value in labels.to_list()}))
-        reference = build_reference(tensors, session.run(tensors), signature)
     else:
         tensors, inputs = _seeded(session)
         signature = _signature(session, inputs, "label", [])
     golden = {key: value[:GOLDEN_ROWS] for key, value in tensors.items()}
+    answers = session.run(golden, limit_s=TRIAL_S)
+    if body.data is not None:
+        reference = build_reference(tensors, session.run(tensors), signature)
     services.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=services.home) as folder:
+        model = Path(folder) / "model.onnx"
+        model.write_bytes(data)
         contents = BundleContents(
-            model=path, variants={}, signature=signature, metrics=[], lineage={"file": path.name}, guarantees={},
-            reference=reference, golden={"inputs": golden, "outputs": session.run(golden)},
+            model=model, variants={}, signature=signature, metrics=[], lineage={"file": path.name}, guarantees={},
+            reference=reference, golden={"inputs": golden, "outputs": answers},
         )  # fmt: skip
         write_bundle(Path(folder) / "bundle", contents)
         bundle = services.blobs.put_tree(Path(folder) / "bundle")
@@ -204,7 +212,7 @@ def compress_foreign(services: Services, body: ops.CompressRequest) -> ops.Compr
     """Variants of a foreign file beside it, with their guarantee on the given rows."""
     check_path(body.path)
     path = Path(body.path).absolute()
-    session = check_onnx(path)
+    session, data = check_onnx(path)
     rows, labels = read_table(Path(body.data), body.label)
     tensors, inputs = tensors_of(session, rows, Path(body.data).name)
     signature = _signature(
@@ -220,7 +228,10 @@ def compress_foreign(services: Services, body: ops.CompressRequest) -> ops.Compr
         max_drop=Share.parse(body.max_drop) if body.max_drop else None,
         max_changed=Share.parse(body.max_changed) if body.max_changed else Share(0.05),
     )
-    facts, made = compress_model(path, tensors, expected, options, body.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / path.name
+        model.write_bytes(data)
+        facts, made = compress_model(model, tensors, expected, options, body.threads)
     target = Path(body.to).absolute() if body.to else path.with_name(f"{path.stem}-variants")
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(made).iterdir()):

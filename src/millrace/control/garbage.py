@@ -146,6 +146,8 @@ def _roots(services: Services, now: float, without: Set[str]) -> Iterator[Artifa
     for step in steps:
         if step.id in kept:
             yield from step.outputs.values()
+            if step.environment is not None:
+                yield step.environment
 
 
 def _kept_runs(services: Services, now: float) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import ssl
@@ -13,6 +12,7 @@ import httpx
 import msgspec
 
 from millrace.control.services import Services
+from millrace.core.addresses import may_be_called
 from millrace.core.errors import InputError, UnavailableError
 from millrace.core.ids import digest_bytes
 from millrace.core.types import AuditHead
@@ -149,18 +149,10 @@ def public_address(host: str, port: int, is_local_allowed: bool) -> str:
     except (OSError, UnicodeError) as error:
         raise UnavailableError(f"the webhook's host {host} is not found: {error}") from None
     addresses = [str(one[4][0]) for one in found]
-    refused = [one for one in addresses if _is_refused(one)]
-    if refused and not is_local_allowed:
+    refused = [one for one in addresses if not may_be_called(one, is_local_allowed=is_local_allowed)]
+    if refused:
         raise InputError(
             f"the webhook's host {host} is at {refused[0]}: not an address to call",
             hint="if it is meant, allow it with the setting audit_publish_local: 1",
         )
     return addresses[0]
-
-
-def _is_refused(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    if mapped is not None:
-        address = mapped
-    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from millrace.control.dispatch import handles
+from millrace.control.heads import ledger
 from millrace.control.privacy import SUBJECT_ERASERS
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, CorruptError, DeniedError, InputError, NotFoundError
@@ -142,7 +143,8 @@ def erase_data(services: Services, body: ops.EraseRequest) -> ops.Erased:
     _refuse_scoped(services)
     if not body.subject:
         raise InputError("want --subject: whose data is to be erased")
-    return erase_subject_data(services, body.subject)
+    with ledger(services).erasing():
+        return erase_subject_data(services, body.subject)
 
 
 def erase_subject_data(services: Services, subject: str) -> ops.Erased:

@@ -229,6 +229,7 @@ class Driver:
         self._steps[plan.name] = self._journal.step(
             step, "cached", cache_key=done.cache_key, key_parts=dict(parts), cached_from=done.id, outputs=done.outputs,
             facts=done.facts, started_at=now, ended_at=now, log_path=done.log_path, reason="nothing changed",
+            environment=done.environment,
         )  # fmt: skip
         self._emit(RunEvent(kind="step", step=plan.name, state="cached", facts=done.facts))
 
@@ -307,8 +308,9 @@ class Driver:
             return commit(self._services, transaction, self._run, self._spec, changed) if commit else changed
 
         self._steps[plan.name] = done = self._journal.step(
-            step, "succeeded", apply, outputs=result.outputs, facts=result.facts, ended_at=now
-        )
+            step, "succeeded", apply, outputs=result.outputs, facts=result.facts, ended_at=now,
+            environment=result.environment,
+        )  # fmt: skip
         self._emit(RunEvent(kind="step", step=plan.name, state="succeeded", facts=done.facts, duration_s=now - started))
 
     def _skip_rest(self) -> None:

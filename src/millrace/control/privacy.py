@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from millrace.core.operations import audit as ops
 from millrace.core.types import (
     RECORD_TYPES,
     Approval,
+    DataKey,
     Event,
     Record,
     RoleBinding,
@@ -78,26 +80,45 @@ def erase_subject(services: Services, body: ops.EraseSubjectRequest) -> ops.Subj
     details = audit_sql.details_naming(records, person.parts, person.is_named_in_detail)
     pseudonym = f"erased-{secrets.token_hex(6)}"
     changes = person.changes(pseudonym)
-    data: dict[str, int] = {}
+    keys = records.find(DataKey, {"data_subject": person.names})
+    readable = sum(bool(key.wrapped) for key in keys)
+    data = {"blobs": readable} if readable else {}
     if body.apply:
-        with records.transaction() as transaction:
-            for old, new in changes:
-                if new is None or new.id != old.id:
-                    transaction.delete(type(old), old.id)
-                if new is not None:
-                    transaction.put(new, old.version if new.id == old.id else 0)
-        for eraser in SUBJECT_ERASERS:
-            data |= eraser(services, person.name)
-        reason: dict[str, object] = {"reason": "erasure of a data subject", "records": len(changes), "data": data}
-        erase(services, details, subject=f"user:{pseudonym}", reason=reason)
-        if not details:
-            _tell(services, records, pseudonym, reason)
-    changed = {old.id for old, _ in changes}
+        with records.erasing():
+            _change(records, changes)
+            data = _erase_data(services, person.names)
+            reason: dict[str, object] = {"reason": "erasure of a data subject", "records": len(changes), "data": data}
+            erase(services, details, subject=f"user:{pseudonym}", reason=reason)
+            if not details:
+                _tell(services, records, pseudonym, reason)
+    changed = {old.id for old, _ in changes} | {key.id for key in keys}
     left = {kind: [one["id"] for one in person.records(kind) if one["id"] not in changed] for kind in RECORD_TYPES}
     return ops.SubjectErasure(
         pseudonym=pseudonym, details=len(details), records=_counts(changes), data=data, applied=body.apply,
         left={kind: ids for kind, ids in left.items() if ids and kind not in HIDDEN_IDS},
     )  # fmt: skip
+
+
+def _change(records: SqlRecords, changes: list[tuple[Record, Record | None]]) -> None:
+    with records.transaction() as transaction:
+        for old, new in changes:
+            if new is None or new.id != old.id:
+                transaction.delete(type(old), old.id)
+            if new is not None:
+                transaction.put(new, old.version if new.id == old.id else 0)
+
+
+def _erase_data(services: Services, names: list[str]) -> dict[str, int]:
+    """What other parts keep of somebody; and of blobs that were erased, whose data they were."""
+    data: dict[str, int] = {}
+    for eraser, name in itertools.product(SUBJECT_ERASERS, names):
+        for what, count in eraser(services, name).items():
+            data[what] = data.get(what, 0) + count
+    with services.records.transaction() as transaction:
+        for key in transaction.find(DataKey, {"data_subject": names}):
+            if not key.wrapped:
+                transaction.put(msgspec.structs.replace(key, data_subject=""), key.version)
+    return data
 
 
 def _tell(services: Services, records: SqlRecords, pseudonym: str, reason: dict[str, object]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 
 from millrace.control.authorisation import acting_principal
 from millrace.control.services import Services
 from millrace.core.errors import DeniedError, NotFoundError
 from millrace.core.principals import EVERYWHERE, OWNER, Grant
+from millrace.core.spec import Data
 from millrace.core.types import TREE_MEDIA_TYPE, UPLOADS, Artifact, ArtifactFile, DatasetVersion, ModelVersion, Step
 
 FRESH_S = 1.0  # what was named within this time may look unreadable for as long
@@ -59,12 +63,42 @@ def check_path(text: str) -> None:
     Raises:
         DeniedError: Whoever asks does not own this home.
     """
-    principal = acting_principal()
-    if principal is not None and Grant(role=OWNER, where=EVERYWHERE) not in principal.grants:
+    if not _is_owner():
         raise DeniedError(
             f"{text[:200]!r} is a path of the server's machine, which only an owner may name",
             hint="set MILLRACE_URL: files that you name are then sent from your machine",
         )
+
+
+def check_sources(services: Services, data: Data | None, project_dir: Path) -> None:
+    """Refuse data below the home, where uploads and blobs of other projects and the keys are, to all but its owner.
+
+    Args:
+        services: The home.
+        data: A spec's section, whose source is files, folders or globs.
+        project_dir: The folder of the spec, whose own files are allowed.
+
+    Raises:
+        DeniedError: A source is, or holds, a place of the home.
+    """
+    if data is None or _is_owner():
+        return
+    home, own = services.home.resolve(), project_dir.resolve()
+    for source in [data.source] if isinstance(data.source, str) else data.source:
+        path = project_dir / source
+        fixed = list(takewhile(lambda part: not has_magic(part), path.parts))
+        for place in (Path(os.path.normpath(path)), Path(*fixed).resolve()):
+            if not place.is_relative_to(own) and (place.is_relative_to(home) or home.is_relative_to(place)):
+                raise DeniedError(
+                    f"data.source {source[:200]!r} leads into the home of the server",
+                    hint="name files of the spec's own folder, or a place outside of the home",
+                )
+
+
+def _is_owner() -> bool:
+    """Whether whoever asks may name everything on this machine."""
+    principal = acting_principal()
+    return principal is None or Grant(role=OWNER, where=EVERYWHERE) in principal.grants
 
 
 def _sender(principal: str) -> str:
@@ -94,3 +128,5 @@ def _artifacts(services: Services) -> Iterator[Artifact]:
             yield file.artifact
     for step in records.find(Step):
         yield from step.outputs.values()
+        if step.environment is not None:
+            yield step.environment

@@ -24,11 +24,11 @@ GOLDEN_ROWS = 16
 CHUNK_ROWS = 1024
 
 
-def answer_all(model: Path, tensors: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
+def answer_all(model: Path | bytes, tensors: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
     """Outputs of a model on all rows, chunk by chunk.
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file, or its bytes.
         tensors: Input tensors by name; the first dimension is the row.
         threads: For onnxruntime.
     """
@@ -108,7 +108,7 @@ def _gate(
     if champion.signature.inputs != signature.inputs or champion.signature.classes != signature.classes:
         text = f"{name} reads other columns or answers other classes: these rows cannot compare them; promote by hand"
         return GateFacts(verdict="undecided", champion=name, rows=len(labels), explanation=text)
-    theirs = answer_all(champion.model_path("fp32"), tensors, ctx.threads)
+    theirs = answer_all(champion.model("fp32"), tensors, ctx.threads)
     return judge_challenger(
         spec.register, signature.task, labels, challenger=outputs, champion=theirs, champion_name=name,
         looks=int(ctx.params["looks"]), confidence=spec.evaluate.confidence,

@@ -25,6 +25,7 @@ from millrace.control.planning import (
 )
 from millrace.control.projects import ensure_project
 from millrace.control.quotas import check_runs, check_storage
+from millrace.control.readable import check_sources
 from millrace.control.services import Services
 from millrace.control.uploads import local_path
 from millrace.core.errors import ConflictError, NotFoundError
@@ -83,6 +84,7 @@ def plan_run(services: Services, body: ops.SpecRequest) -> ops.Plan:
     """What would run, and why; nothing is executed or written."""
     path = local_path(services, body.spec_path)
     spec, _ = load_spec(path, body.overrides)
+    check_sources(services, spec.data, path.parent)
     plans = plan_steps(spec, services.stages)
     check_before_work(spec, plans, services.stages, path.parent)
     keys = KeyMaker(spec, path.parent, services.stages)
@@ -146,6 +148,7 @@ def submit_run(services: Services, body: ops.SubmitRequest) -> ops.Submitted:
     """Create a run, continue one whose driver died, or join the live one on the same spec."""
     path = local_path(services, body.spec_path)
     spec, text = load_spec(path, body.overrides)
+    check_sources(services, spec.data, path.parent)
     check_before_work(spec, plan_steps(spec, services.stages), services.stages, path.parent)
     check_storage(services, spec.project)
     with services.records.transaction() as transaction:

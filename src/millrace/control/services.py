@@ -87,7 +87,7 @@ class Services:
     def _get(self, name: str) -> Any:
         with self._lock:
             if name not in self._made:
-                self.home.mkdir(parents=True, exist_ok=True)
+                self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._made[name] = self._open[name]()
             return self._made[name]
 
@@ -111,7 +111,7 @@ class Services:
         """The compute; `preload` is used by the first call only."""
         with self._lock:
             if "compute" not in self._made:
-                self.home.mkdir(parents=True, exist_ok=True)
+                self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._made["compute"] = self._open_compute(preload)
             return self._made["compute"]
 

@@ -131,6 +131,7 @@ class Supervisor:
 
         Raises:
             StageError: It has died too often: something is wrong that a restart does not mend.
+            UntrustedError: The key that signed it counts no more.
         """
         now = self._services.clock.monotonic()
         self._crashes = [at for at in self._crashes if now - at < CRASH_WINDOW_S] + [now]
@@ -139,6 +140,7 @@ class Supervisor:
         if self._child is not None:
             self._child.wait()
         self._services.clock.sleep(BACKOFF_S[len(self._crashes) - 1])
+        open_version(self._services, self._version)  # its key may have been revoked since
         started = self._start()
         return ServeEvent(kind="restart", text=f"the server died with code {code}; {started.text}", url=started.url)
 

@@ -272,6 +272,7 @@ class WorkResult(Struct, frozen=True, kw_only=True, tag="result"):
     facts: dict[str, Any] = {}
     error: dict[str, Any] | None = None
     peak_rss_bytes: int = 0
+    environment: Artifact | None = None  # what it ran with: a `core.environment.Environment`
 
 
 Frame = ProgressFrame | MetricsFrame | OutputFrame | HeartbeatFrame | WorkResult

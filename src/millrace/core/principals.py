@@ -17,7 +17,7 @@ EVERYWHERE = "*"
 OWNER, WORKER, WORK = "owner", "worker", "work"
 
 
-class RoleRule(Struct, frozen=True, kw_only=True):
+class RoleRule(Struct, frozen=True, kw_only=True, cache_hash=True):
     """What a role allows: patterns of operations; `reads` adds every operation that changes nothing."""
 
     description: str
@@ -59,7 +59,7 @@ ROLES: dict[str, RoleRule] = {
 }  # fmt: skip
 
 
-class Grant(Struct, frozen=True, kw_only=True):
+class Grant(Struct, frozen=True, kw_only=True, cache_hash=True):
     """A role in a project, or everywhere."""
 
     role: str
@@ -74,10 +74,21 @@ class Grant(Struct, frozen=True, kw_only=True):
             Grant(role='viewer', where='digits')
         """
         role, _, where = text.partition(":")
-        return cls(role=role, where=where or EVERYWHERE)
+        return grant_of(role, where or EVERYWHERE)
 
 
-class Principal(Struct, frozen=True, kw_only=True):
+@lru_cache(maxsize=4096)
+def grant_of(role: str, where: str) -> Grant:
+    """A grant: one object for all equal ones, since principals are hashed and compared at every call.
+
+    Example:
+        >>> grant_of("viewer", "digits") is grant_of("viewer", "digits")
+        True
+    """
+    return Grant(role=role, where=where)
+
+
+class Principal(Struct, frozen=True, kw_only=True, cache_hash=True):
     """Who is asking.
 
     `id` is the actor of events. What it may is what its grants allow and, of a token that acts for somebody,
@@ -98,10 +109,15 @@ class Principal(Struct, frozen=True, kw_only=True):
             >>> sorted(ada.where("run.get", False)), sorted(ada.where("run.submit", True))
             (['*', 'digits'], ['digits'])
         """
-        allowed = _where(self.grants, self.custom, operation, is_write)
-        if self.within is None:
-            return allowed
-        return both(allowed, _where(self.within, self.custom, operation, is_write))
+        return _where_of(self, operation, is_write)
+
+
+@lru_cache(maxsize=4096)
+def _where_of(principal: Principal, operation: str, is_write: bool) -> frozenset[str]:
+    allowed = _where(principal.grants, principal.custom, operation, is_write)
+    if principal.within is None:
+        return allowed
+    return both(allowed, _where(principal.within, principal.custom, operation, is_write))
 
 
 @lru_cache(maxsize=4096)
@@ -146,7 +162,6 @@ def includes(where: frozenset[str], project: str) -> bool:
     return project in where or (EVERYWHERE in where and f"!{project}" not in where)
 
 
-@lru_cache(maxsize=4096)
 def both(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
     """The projects that are in both.
 

@@ -96,6 +96,16 @@ SETTINGS: tuple[Setting, ...] = (
         summary="A file with the secret of this client; default: none, PKCE alone.",
     ),
     Setting(name="oidc_groups_claim", type=str, default="groups", summary="The claim that names somebody's groups."),
+    Setting(
+        name="isolate_steps",
+        type=int,
+        default=0,
+        summary="1: a step sees neither the home's keys nor other steps' scratch and processes, where Linux lets it.",
+    ),
+    Setting(name="request_head_s", type=float, default=10.0, summary="A client may take so long for a request's head."),
+    Setting(
+        name="request_stall_s", type=float, default=30.0, summary="Some of a request's body has to come within this."
+    ),
     Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
     Setting(name="backup_to", type=str, default="", summary="Where backups go: an absolute folder or s3://…"),
     Setting(name="backup_key", type=str, default="", summary="What encrypts backups: file:PATH or env:NAME."),

@@ -14,7 +14,7 @@ import msgspec
 
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.spec import Data, Spec
-from millrace.core.spec_source import KeyPath, Position, Problem, Source, dotted, parse_yaml, refuse
+from millrace.core.spec_source import MAX_SPEC_BYTES, KeyPath, Position, Problem, Source, dotted, parse_yaml, refuse
 from millrace.core.units import Share, parse_duration, parse_size
 
 SCHEMA_ID = "https://millrace.dev/schema/spec-1.json"
@@ -75,7 +75,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> tuple[Spec, str]:
         SpecError: Every problem of it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_SPEC_BYTES + 1)  # which parsing refuses
     except FileNotFoundError:
         raise NotFoundError(
             f"there is no spec {path.name} in {path.parent}",

@@ -16,6 +16,7 @@ from millrace.core.errors import SpecError
 MAX_SPEC_BYTES = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 40
+TOO_MUCH = f"a spec may have {MAX_NODES} values, {MAX_DEPTH} deep, at most"
 KeyPath = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+$")
@@ -74,8 +75,21 @@ def refuse(problems: list[Problem]) -> SpecError:
     )
 
 
+class _TooManyError(yaml.MarkedYAMLError):
+    """More than any spec has; half a minute's work if all of it were read."""
+
+
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; scalars are resolved here by the YAML 1.2 core schema."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One more node; many are refused before they are all made."""
+        self.composed += 1
+        if self.composed > 2 * MAX_NODES:  # keys are nodes too
+            raise _TooManyError(problem=TOO_MUCH, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 @dataclass
@@ -126,7 +140,8 @@ def _yaml_problem(error: Exception, file: str) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
     detail = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
-    return Problem(Position(file, line, column), "", f"not valid YAML: {detail}")
+    rule = detail if isinstance(error, _TooManyError) else f"not valid YAML: {detail}"
+    return Problem(Position(file, line, column), "", rule)
 
 
 class _Walk:
@@ -141,7 +156,7 @@ class _Walk:
         self._source.positions.setdefault(path, position)
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise refuse([Problem(position, "", f"a spec may have {MAX_NODES} values, {MAX_DEPTH} deep, at most")])
+            raise refuse([Problem(position, "", TOO_MUCH)])
         if isinstance(node, yaml.ScalarNode):
             self._check_tag(node, position, implicit=node.style is not None)
             text = _text(node.value, position)

@@ -92,6 +92,7 @@ class Step(Record, frozen=True, kw_only=True):
     facts: dict[str, Any] = {}
     error: dict[str, Any] | None = None
     log_path: str = ""
+    environment: Artifact | None = None  # what it ran with: a `core.environment.Environment`
 
 
 class DatasetVersion(Record, frozen=True, kw_only=True):

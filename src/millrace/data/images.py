@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from millrace.core.errors import DataError
 from millrace.core.spec import Data
 from millrace.data.source_files import labels_path
-from millrace.data.tables import read_bytes
+from millrace.data.tables import most_unpacked, read_bytes
 
 PIXELS = "pixels"
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -28,6 +29,7 @@ _NPZ_SPLIT_PAIRS = (
     ("validation", "x_val", "y_val"),
     ("test", "x_test", "y_test"),
 )
+_BROKEN_NPZ = (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, NotImplementedError)
 _MAX_SIDE = 64
 _MAX_COLUMNS = 10_000
 
@@ -117,7 +119,7 @@ def read_npz(path: Path, name: str) -> list[Arrays]:
     """Arrays x and y, or MedMNIST's train_images, train_labels and so on. Pickled arrays are refused.
 
     Raises:
-        DataError: It is not an .npz file, holds other arrays, or needs pickle.
+        DataError: It is not an .npz file, holds other arrays, needs pickle, or is a bomb.
 
     Example:
         >>> read_npz(Path("/dev/null"), "null.npz")
@@ -125,9 +127,13 @@ def read_npz(path: Path, name: str) -> list[Arrays]:
         millrace.core.errors.DataError: null.npz is not an .npz file
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > most_unpacked(path.stat().st_size):
+            raise DataError(f"{name} unpacks to {size} bytes", hint="unpack it yourself if you trust it")
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, NotImplementedError) as error:
+    except (*_BROKEN_NPZ, zlib.error, MemoryError, OverflowError) as error:
         raise DataError(f"{name} is not an .npz file", hint=str(error)[:160], details={"file": name}) from error
     pairs = [pair for pair in _NPZ_SPLIT_PAIRS if pair[1] in arrays and pair[2] in arrays]
     pairs = pairs or [pair for pair in _NPZ_PAIRS if pair[1] in arrays and pair[2] in arrays][:1]

@@ -20,6 +20,9 @@ from millrace.core.errors import DataError
 from millrace.core.spec import Data
 from millrace.data.csv_layout import EMPTY_HINT, CsvLayout, check_names, layout_of
 
+LARGEST_UNPACKED_BYTES = 1 << 30  # of any compressed file; a large one may become MOST_TIMES its size
+MOST_TIMES = 100
+_PART_BYTES = 1 << 20
 _MIN_BLOCK_BYTES = 1 << 20
 _MAX_BLOCK_BYTES = (1 << 31) - 64
 _ROW_ERROR = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
@@ -28,10 +31,10 @@ _NO_ROWS_HINT = "is this the right file, and was it written to its end?"
 
 
 def read_bytes(path: Path, name: str) -> bytes:
-    """A file's bytes; `.gz` files are unpacked.
+    """A file's bytes; `.gz` files are unpacked, up to `most_unpacked` bytes.
 
     Raises:
-        DataError: The file cannot be read, or is not a whole gzip file.
+        DataError: The file cannot be read, is not a whole gzip file, or is a bomb.
 
     Example:
         >>> read_bytes(Path("/dev/null"), "null")
@@ -40,7 +43,7 @@ def read_bytes(path: Path, name: str) -> bytes:
     try:
         if path.name.lower().endswith(".gz"):
             with gzip.open(path) as stream:
-                return stream.read()
+                return _unpacked(stream, most_unpacked(path.stat().st_size), name)
         return path.read_bytes()
     except EOFError as error:
         raise DataError(f"{name} is cut off: the gzip file ends early", hint="fetch or copy the file again") from error
@@ -48,6 +51,29 @@ def read_bytes(path: Path, name: str) -> bytes:
         raise DataError(f"{name} is not a gzip file: {error}", hint="fetch it again, or rename it") from error
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}", details={"file": name}) from error
+
+
+def most_unpacked(packed_bytes: int) -> int:
+    """How many bytes a compressed file may become: tables and pixels are not smaller by more than that.
+
+    Example:
+        >>> most_unpacked(1000) >> 30, most_unpacked(1 << 30) >> 30
+        (1, 100)
+    """
+    return max(LARGEST_UNPACKED_BYTES, MOST_TIMES * packed_bytes)
+
+
+def _unpacked(stream: gzip.GzipFile, most_bytes: int, name: str) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while part := stream.read(_PART_BYTES):
+        size += len(part)
+        if size > most_bytes:
+            raise DataError(
+                f"{name} unpacks to more than {most_bytes} bytes", hint="unpack it yourself if you trust it"
+            )
+        parts.append(part)
+    return b"".join(parts)
 
 
 def decode_text(raw: bytes, name: str, encoding: str) -> str:

@@ -6,7 +6,6 @@ data, spec, code and seed are inside; times, run ids and latencies are not.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from millrace.core.errors import CorruptError, InputError, NotFoundError, Untrus
 from millrace.core.ids import canonical_json, digest_bytes
 from millrace.core.ports import Verifier
 from millrace.core.types import TreeEntry
+from millrace.formats.plain_file import read_plain
 from millrace.formats.signature import Dtype, Signature
 
 FORMAT = 1
@@ -80,13 +80,19 @@ class _Golden(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bundle:
-    """An opened bundle: every file has been compared with the manifest."""
+    """An opened bundle: every file has been compared with the manifest.
 
-    def __init__(self, folder: Path, info: BundleInfo, digest: str, signed_by: str | None) -> None:
+    Its folder may be changed afterwards: whatever is read of it through here is compared once more.
+    """
+
+    def __init__(
+        self, folder: Path, info: BundleInfo, digest: str, signed_by: str | None, entries: list[TreeEntry]
+    ) -> None:
         self.folder = folder
         self.info = info
         self.digest = digest
         self.signed_by = signed_by
+        self._entries = {entry.path: entry for entry in entries}
 
     @property
     def signature(self) -> Signature:
@@ -110,15 +116,24 @@ class Bundle:
             raise NotFoundError(f"there is no variant {variant!r}", hint=f"variants: {', '.join(self.variants)}")
         return self.folder / "variants" / f"{variant}.onnx"
 
+    def model(self, variant: str = BASE) -> bytes:
+        """The ONNX graph of a variant: the bytes that were verified, whatever lies in the folder by now.
+
+        Raises:
+            NotFoundError: The bundle has no such variant.
+            CorruptError: The file was changed after the bundle was opened.
+        """
+        return _verified(self.folder, self._entries[self.model_path(variant).relative_to(self.folder).as_posix()])
+
     @property
     def reference(self) -> dict[str, Any]:
         """The drift profile; empty when the model came without rows."""
-        return _decode(self.folder / "reference.json", dict[str, Any])
+        return _decode(self.folder, self._entries["reference.json"], dict[str, Any])
 
     @property
     def golden(self) -> Golden:
         """Rows and answers of the self-test, with the signature's dtypes."""
-        value = _decode(self.folder / "golden.json", _Golden)
+        value = _decode(self.folder, self._entries["golden.json"], _Golden)
         return Golden(inputs=_arrays(value.inputs), outputs=_arrays(value.outputs))
 
 
@@ -181,7 +196,10 @@ def open_bundle(
     if not manifest.is_file():
         raise NotFoundError(f"there is no bundle in {folder}", hint="want a folder with manifest.json")
     entries = _list_files(folder)
-    _compare(entries, _decode(manifest, list[TreeEntry]))
+    by_path = {entry.path: entry for entry in entries}
+    if "manifest.json" not in by_path:
+        raise CorruptError(f"the manifest of the bundle in {folder} is gone")
+    _compare(entries, _decode(folder, by_path["manifest.json"], list[TreeEntry]))
     digest = digest_bytes(canonical_json(entries))
     if expected_digest is not None and digest != expected_digest:
         raise CorruptError(f"the bundle in {folder} has the digest {digest}; want {expected_digest}")
@@ -190,11 +208,11 @@ def open_bundle(
         if signature is None:
             raise UntrustedError(f"the bundle {digest} is not signed")
         signed_by = verifier.verify(digest, signature)
-    info = _decode(folder / "bundle.json", BundleInfo)
+    info = _decode(folder, by_path["bundle.json"], BundleInfo)
     if info.format > FORMAT:
         raise CorruptError(f"the bundle has format {info.format}; this Millrace reads up to {FORMAT}")
     _check_variants(info, {entry.path for entry in entries})
-    return Bundle(folder, info, digest, signed_by)
+    return Bundle(folder, info, digest, signed_by, entries)
 
 
 def tree_digest(folder: Path) -> str:
@@ -208,10 +226,9 @@ def _list_files(folder: Path) -> list[TreeEntry]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise CorruptError(f"{path.name} is not a plain file")
         if path.is_file():
-            data = path.read_bytes()
-            digest = "sha256:" + hashlib.sha256(data).hexdigest()
             name = path.relative_to(folder).as_posix()
-            entries.append(TreeEntry(path=name, digest=digest, size_bytes=len(data)))
+            data = _read(folder, name)
+            entries.append(TreeEntry(path=name, digest=digest_bytes(data), size_bytes=len(data)))
     return sorted(entries, key=lambda entry: entry.path)
 
 
@@ -246,11 +263,27 @@ def _check_variants(info: BundleInfo, paths: set[str]) -> None:
             raise CorruptError(f"bundle.json names the variant {name!r}; the bundle holds no such file")
 
 
-def _decode(path: Path, kind: Any) -> Any:
+def _read(folder: Path, name: str) -> bytes:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.MsgspecError, OSError) as error:
-        raise CorruptError(f"{path.name} of the bundle cannot be read: {error}") from error
+        return read_plain(folder / name, follow=False)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CorruptError(f"the file {name} of the bundle cannot be read: {reason}") from error
+
+
+def _verified(folder: Path, entry: TreeEntry) -> bytes:
+    """A file's bytes, which must be those of its entry: it may have been swapped since it was looked at."""
+    data = _read(folder, entry.path)
+    if digest_bytes(data) != entry.digest:
+        raise CorruptError(f"the file {entry.path} of the bundle was changed after it was verified")
+    return data
+
+
+def _decode(folder: Path, entry: TreeEntry, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(_verified(folder, entry), type=kind)
+    except msgspec.MsgspecError as error:
+        raise CorruptError(f"{entry.path} of the bundle cannot be read: {error}") from error
 
 
 def _plain(array: np.ndarray) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ class Session:
         self.outputs = [_describe(value, name) for value in raw.get_outputs()]
         self._output_names = [value.name for value in self.outputs]
 
-    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, tensors: Mapping[str, np.ndarray], limit_s: float | None = None) -> dict[str, np.ndarray]:
         """All outputs by name.
 
         Args:
             tensors: Every input by name with the graph's dtype; the first dimension is the row.
+            limit_s: How long it may take; of a graph that nobody knows yet.
 
         Returns:
             Output name → array, the same number of rows.
@@ -54,7 +56,8 @@ class Session:
             StageError: The graph failed on these tensors, or they are not what it wants.
         """
         try:
-            outputs: list[Any] = list(self.raw.run(None, dict(tensors)))
+            found: Any = self.raw.run(None, dict(tensors)) if limit_s is None else self._within(tensors, limit_s)
+            outputs: list[Any] = list(found)
             return dict(zip(self._output_names, outputs, strict=True))
         except (*ORT_ERRORS, ValueError, RuntimeError, TypeError) as error:
             wanted = ", ".join(f"{spec.name} {spec.dtype}{spec.shape}" for spec in self.inputs)
@@ -64,9 +67,23 @@ class Session:
                 hint="check the tensors' names, dtypes and shapes against the model's signature",
             ) from error
 
+    def _within(self, tensors: Mapping[str, np.ndarray], limit_s: float) -> Any:
+        options = onnxruntime.RunOptions()
+        alarm = threading.Timer(limit_s, setattr, (options, "terminate", True))
+        alarm.daemon = True
+        alarm.start()
+        try:
+            return self.raw.run(None, dict(tensors), options)
+        finally:
+            alarm.cancel()
+
 
 def open_session(
-    model: Path | bytes, threads: int = 1, spinning: bool = False, optimized_path: Path | None = None
+    model: Path | bytes,
+    threads: int = 1,
+    spinning: bool = False,
+    optimized_path: Path | None = None,
+    name: str = "",
 ) -> Session:
     """Open an ONNX graph on the CPU.
 
@@ -75,6 +92,7 @@ def open_session(
         threads: Threads inside one call; 1 gives the same bits for the same flags.
         spinning: Busy-wait between calls: lower latency, a busy core.
         optimized_path: Also write the graph after onnxruntime's standard fusions to this file.
+        name: What it is called in messages; the path by default.
 
     Returns:
         The session; its inputs and outputs are `TensorSpec`s with -1 for free dimensions.
@@ -90,7 +108,7 @@ def open_session(
         ...
         millrace.core.errors.CorruptError: model cannot be loaded as ONNX: ...
     """
-    name = "model" if isinstance(model, bytes) else str(model)
+    name = name or ("model" if isinstance(model, bytes) else str(model))
     if threads < 1:
         raise InputError(f"want at least one thread, got {threads}")
     data = model if isinstance(model, bytes) else _read(model)
@@ -107,6 +125,7 @@ def open_session(
     options.log_severity_level = _LOG_FATAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format holds unchecked plans
     if optimized_path is not None:
         # basic fusions give standard operators; the higher levels write files for this processor only
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -150,15 +169,19 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "tensor": {},
 }
 _DATA_LOCATION, _EXTERNAL = 14, 1
+_DEEPEST = 100  # of messages in messages, as protocol buffers themselves have it
+_WORD = 0xFFFFFFFF  # numbers of fields and of enumerations are cut to 32 bits by who parses them
 
 
-def _walk(data: memoryview, message: str) -> bool:
+def _walk(data: memoryview, message: str, depth: int = 0) -> bool:
+    if depth > _DEEPEST:
+        raise ValueError("too deep")
     children = _CHILDREN[message]
     for field, value in _fields(data):
         if isinstance(value, int):
-            if message == "tensor" and field == _DATA_LOCATION and value == _EXTERNAL:
+            if message == "tensor" and field == _DATA_LOCATION and value & _WORD == _EXTERNAL:
                 return True
-        elif field in children and _walk(value, children[field]):
+        elif field in children and _walk(value, children[field], depth + 1):
             return True
     return False
 
@@ -167,6 +190,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
+        tag &= _WORD
         kind = tag & 7
         if kind == 0:
             value, position = _varint(data, position)

@@ -291,14 +291,20 @@ def _parse(raw: bytes, where: str) -> KeyRing:
         ):
             raise InputError(f"the ring of keys in {where} is not whole", hint=_HINT)
         return ring
-    key = _one_key(raw)
+    key = one_key(raw)
     if key is None:
         raise InputError(f"the key in {where} must be 32 bytes, as 64 hexadecimal digits or as base64", hint=_HINT)
     entry = KeyEntry(id=key_id(key), key=base64.b64encode(key).decode())
     return KeyRing(current=entry.id, keys=(entry,))
 
 
-def _one_key(raw: bytes) -> bytes | None:
+def one_key(raw: bytes) -> bytes | None:
+    """32 bytes, raw, as 64 hexadecimal digits or as base64; None: it is something else.
+
+    Example:
+        >>> one_key(b"00" * 32) == bytes(32), one_key(b"hunter2")
+        (True, None)
+    """
     if len(raw) == envelope.KEY_BYTES:
         return raw
     text = raw.strip()

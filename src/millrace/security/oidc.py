@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import math
 import secrets
+import ssl
 import threading
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import quote_plus, urlencode, urlsplit
 
@@ -27,14 +30,17 @@ from millrace.core.types import Struct
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
 KEY_TYPES = ("RSA", "EC")  # never a shared secret: what is public could sign then
+NOT_PUBLIC = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "key_ops"})
 SCOPE = "openid profile email"
 LEEWAY_S = 60
 MOST_AGE_S = 600  # of a token that was made just now, for us
 KEYS_AT_MOST_EVERY_S = 60.0  # an unknown key asks for the keys again, but not for every forged token
-METADATA_S = 3600.0
+METADATA_S = 3600.0  # what is withdrawn there is gone here after so long
+AGAIN_S = 5.0  # after a failure nobody waits for the issuer
 TIMEOUT_S = 10.0
 MAX_BYTES = 1 << 20
 MOST_GROUPS, MAX_NAME = 200, 200
+PLAIN = {"Accept": "application/json", "Accept-Encoding": "identity"}  # nothing that is large once it is unpacked
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -70,8 +76,9 @@ class Provider:
         self._config, self._clock, self._lock = config, clock, threading.Lock()
         self._metadata: dict[str, Any] = {}
         self._metadata_at = 0.0
+        self._failed_at = -math.inf
         self._keys: dict[str, Any] = {}
-        self._keys_at = -KEYS_AT_MOST_EVERY_S
+        self._keys_at, self._reading = -math.inf, threading.Lock()
         self._check_url(config.issuer)
 
     def begin(self, redirect_uri: str) -> tuple[str, dict[str, str]]:
@@ -86,12 +93,15 @@ class Provider:
         """
         pending = {name: secrets.token_urlsafe(32) for name in ("state", "nonce", "verifier")}
         challenge = base64.urlsafe_b64encode(hashlib.sha256(pending["verifier"].encode()).digest()).rstrip(b"=")
+        metadata, groups = self.metadata(), self._config.groups_claim
+        listed = metadata.get("scopes_supported")  # some tell groups to who asks for them alone
+        scope = f"{SCOPE} {groups}" if isinstance(listed, list) and groups in listed else SCOPE
         query = {
-            "response_type": "code", "client_id": self._config.client_id, "redirect_uri": redirect_uri, "scope": SCOPE,
+            "response_type": "code", "client_id": self._config.client_id, "redirect_uri": redirect_uri, "scope": scope,
             "state": pending["state"], "nonce": pending["nonce"], "code_challenge": challenge.decode(),
             "code_challenge_method": "S256",
         }  # fmt: skip
-        endpoint = self.metadata()["authorization_endpoint"]
+        endpoint = metadata["authorization_endpoint"]
         return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}", pending
 
     def finish(self, pending: Mapping[str, str], answer: Mapping[str, str], redirect_uri: str) -> Identity:
@@ -108,7 +118,8 @@ class Provider:
         """
         if not _is_same(answer.get("state", ""), pending.get("state", "")):
             raise UnauthenticatedError("the state is missing or another one: this sign-in did not begin here")
-        if answer.get("iss", self._config.issuer) != self._config.issuer:
+        always = self.metadata().get("authorization_response_iss_parameter_supported") is True
+        if answer.get("iss", "" if always else self._config.issuer) != self._config.issuer:
             raise UnauthenticatedError("the answer comes from another issuer")
         if not answer.get("code"):
             raise UnauthenticatedError(f"the issuer gave no code: {answer.get('error', 'no reason')[:100]!r}")
@@ -129,7 +140,13 @@ class Provider:
         with self._lock:
             if self._metadata and self._clock.now() - self._metadata_at < METADATA_S:
                 return self._metadata
-            found = _get(self._config.issuer.rstrip("/") + "/.well-known/openid-configuration")
+            if self._clock.now() - self._failed_at < AGAIN_S:
+                raise UnavailableError(f"{urlsplit(self._config.issuer).hostname} did not answer just now")
+            try:
+                found = _get(self._config.issuer.rstrip("/") + "/.well-known/openid-configuration")
+            except UnavailableError:
+                self._failed_at = self._clock.now()
+                raise
             if found.get("issuer") != self._config.issuer:
                 raise UnauthenticatedError(f"the issuer calls itself {str(found.get('issuer'))[:200]!r}")
             for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
@@ -145,11 +162,7 @@ class Provider:
         Raises:
             UnauthenticatedError: Its signature, algorithm, issuer, audience, times or nonce are not as they must be.
         """
-        try:
-            token = jwt.decode(id_token, self._key, algorithms=list(ALGORITHMS))
-        except (JoseError, ValueError) as error:
-            raise UnauthenticatedError(f"the ID token is not signed as it must be: {type(error).__name__}") from None
-        claims, now = token.claims, self._clock.now()
+        claims, now = self._signed(id_token), self._clock.now()
         audience = claims.get("aud")
         audiences = audience if isinstance(audience, list) else [audience]
         problems = {
@@ -160,50 +173,53 @@ class Provider:
             "iat": not _is_time(claims.get("iat")) or not -LEEWAY_S <= now - claims["iat"] <= MOST_AGE_S,
             "nbf": "nbf" in claims and not (_is_time(claims["nbf"]) and claims["nbf"] - LEEWAY_S <= now),
             "nonce": not _is_same(str(claims.get("nonce", "")), nonce),
-            "sub": not (isinstance(claims.get("sub"), str) and 0 < len(claims["sub"]) <= 255),
+            "sub": not _is_subject(claims.get("sub")),
         }
         wrong = [name for name, is_wrong in problems.items() if is_wrong]
         if wrong:
             raise UnauthenticatedError(f"the ID token is not for this sign-in: {', '.join(wrong)}")
         return claims
 
+    def _signed(self, id_token: str) -> dict[str, Any]:
+        """What a token says that the issuer has signed; its keys are asked for again where it may have others now."""
+        if self._clock.now() - self._keys_at > METADATA_S:
+            self._read_keys()
+        try:
+            return self._decoded(id_token)
+        except UnauthenticatedError:
+            if not self._read_keys():
+                raise
+        return self._decoded(id_token)
+
+    def _decoded(self, id_token: str) -> dict[str, Any]:
+        try:
+            return jwt.decode(id_token, self._key, algorithms=ALGORITHMS).claims
+        except (JoseError, ValueError, RecursionError) as error:
+            raise UnauthenticatedError(f"the ID token is not signed as it must be: {type(error).__name__}") from None
+
     def _key(self, token: Any) -> Any:
-        """The issuer's key that a token names; asks for the keys again where it is unknown, once a minute."""
+        """The issuer's key that a token names."""
         header = token.headers()
         kid, algorithm = header.get("kid"), header.get("alg")
-        found = self._known(kid, algorithm)
-        if found is None and self._read_keys():
-            found = self._known(kid, algorithm)
-        if found is None:
-            raise UnauthenticatedError("the ID token is signed with a key that the issuer does not publish")
-        return found
-
-    def _known(self, kid: Any, algorithm: Any) -> Any:
         with self._lock:
             keys = self._keys
         if isinstance(kid, str):
             chosen = keys.get(kid)
         else:
             chosen = next(iter(keys.values())) if kid is None and len(keys) == 1 else None
-        return chosen if chosen is not None and chosen.get("alg") in (None, algorithm) else None
+        if chosen is None or chosen.get("alg") not in (None, algorithm):
+            raise UnauthenticatedError("the ID token is signed with a key that the issuer does not publish")
+        return chosen
 
     def _read_keys(self) -> bool:
-        """Whether the keys were read just now."""
+        """Whether the keys were read just now: once a minute at most."""
         place = self.metadata()["jwks_uri"]
-        with self._lock:
+        with self._reading:  # who comes in the meantime waits for what is found
             if self._clock.now() - self._keys_at < KEYS_AT_MOST_EVERY_S:
                 return False
-            self._keys_at = self._clock.now()
-        listed = _get(place).get("keys")
-        found: dict[str, Any] = {}
-        for number, one in enumerate(listed if isinstance(listed, list) else []):
-            if isinstance(one, dict) and one.get("kty") in KEY_TYPES and one.get("use", "sig") == "sig":
-                try:
-                    found[str(one.get("kid", f"#{number}"))] = jwk.import_key(_public(one))
-                except (JoseError, ValueError):
-                    continue  # of a kind that is not known here: the others are good
-        with self._lock:
-            self._keys = found
+            keys = _importable(_get(place).get("keys"))
+            with self._lock:
+                self._keys, self._keys_at = keys, self._clock.now()
         return True
 
     def _redeem(self, code: str, verifier: str, redirect_uri: str) -> dict[str, Any]:
@@ -211,7 +227,7 @@ class Provider:
         config = self._config
         form = {"grant_type": "authorization_code", "code": code, "redirect_uri": redirect_uri,
                 "code_verifier": verifier}  # fmt: skip
-        headers = {"Accept": "application/json"}
+        headers = dict(PLAIN)
         methods = self.metadata().get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
         if config.client_secret and "client_secret_basic" in methods:
             pair = f"{quote_plus(config.client_id)}:{quote_plus(config.client_secret)}"
@@ -238,7 +254,7 @@ class Provider:
         name, email = (claims.get(one) for one in ("preferred_username", "email"))
         return Identity(
             subject=claims["sub"], name=name[:MAX_NAME] if isinstance(name, str) else "",
-            email=email[:MAX_NAME] if isinstance(email, str) else "", groups=tuple(kept),
+            email=email[:MAX_NAME] if isinstance(email, str) and email.isprintable() else "", groups=tuple(kept),
         )  # fmt: skip
 
     def _check_url(self, url: Any) -> None:
@@ -253,22 +269,41 @@ class Provider:
         return is_loopback(urlsplit(self._config.issuer).hostname or "")
 
 
-def _public(key: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in key.items() if name not in ("d", "p", "q", "dp", "dq", "qi", "oth", "key_ops")
-    }
+def _importable(listed: Any) -> dict[str, Any]:
+    """The keys that signatures can be checked with, by their ids."""
+    found: dict[str, Any] = {}
+    for number, one in enumerate(listed if isinstance(listed, list) else []):
+        if isinstance(one, dict) and one.get("kty") in KEY_TYPES and one.get("use", "sig") == "sig":
+            public = {name: value for name, value in one.items() if name not in NOT_PUBLIC}
+            try:
+                found[str(one.get("kid", f"#{number}"))] = jwk.import_key(public)
+            except (JoseError, ValueError, KeyError, TypeError):
+                continue  # of a kind that is not known here: the others are good
+    return found
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e12 < value < 1e12
+
+
+def _is_subject(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 255 and value.isascii() and value.isprintable()
 
 
 def _is_same(left: str, right: str) -> bool:
-    return hmac.compare_digest(left.encode(), right.encode()) and bool(left)
+    return hmac.compare_digest(left.encode("utf-8", "replace"), right.encode("utf-8", "replace")) and bool(left)
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The authorities that certifi and this machine know: also one of one's own, or of SSL_CERT_FILE."""
+    context = httpx.create_ssl_context(trust_env=False)
+    context.load_default_certs()
+    return context
 
 
 def _get(url: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    return _ask("GET", url, headers={"Accept": "application/json", **(headers or {})})
+    return _ask("GET", url, headers={**PLAIN, **(headers or {})})
 
 
 def _ask(method: str, url: str, **options: Any) -> dict[str, Any]:
@@ -281,13 +316,13 @@ def _ask(method: str, url: str, **options: Any) -> dict[str, Any]:
     host = urlsplit(url).hostname
     try:
         with (
-            httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as http,
+            httpx.Client(verify=_trusted(), timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as http,
             http.stream(method, url, **options) as answer,
         ):
             if answer.is_redirect:
                 raise UnauthenticatedError(f"{host} redirects to elsewhere, where it must answer itself")
             data = b""
-            for part in answer.iter_bytes():
+            for part in answer.iter_raw():
                 data += part
                 if len(data) > MAX_BYTES:
                     raise UnauthenticatedError(f"{host} says more than {MAX_BYTES} bytes")

@@ -1,8 +1,11 @@
 """Ed25519 signatures over digests, with the home's own key and the keys that the home trusts.
 
 `keys/signing.key` (PKCS #8, mode 0600, made on first use) signs; `keys/signing.pub` is for others;
-`keys/trusted/*.pub` are others' keys. Homes that share records publish their public keys there, and trust
-one another's. Trust comes from these places only, never from a bundle.
+`keys/trusted/*.pub` are others' keys; more are in the home's records, with the times in which they count. Homes
+that share records publish their public keys there. Trust comes from these places only, never from a bundle.
+
+A signature has no time that could be trusted: whoever has a key dates what it signs as they please. So a key that
+is revoked, or outside of its times, counts for nothing any more, whenever it has signed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from millrace.core.errors import UntrustedError
+from millrace.core.errors import InputError, UntrustedError
 from millrace.core.ids import canonical_json, new_id
 
 ALGORITHM = "ed25519"
@@ -48,7 +51,9 @@ class HomeSigner:
 
     Args:
         home: The home folder; nothing is made before the first signature.
-        find_shared: The PEM of a key by its id, if a home on the same records has published it there.
+        find_shared: The PEM of a key by its id, if the home's records have it.
+        find_refusal: Why a key does not count now, by its id ("was revoked on …"); None where it does. It is
+            asked of every key, the home's own too.
 
     Example:
         >>> import tempfile
@@ -59,9 +64,15 @@ class HomeSigner:
         True
     """
 
-    def __init__(self, home: Path, find_shared: Callable[[str], bytes | None] | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        find_shared: Callable[[str], bytes | None] | None = None,
+        find_refusal: Callable[[str], str | None] | None = None,
+    ) -> None:
         self._folder = Path(home) / "keys"
         self._find_shared = find_shared
+        self._find_refusal = find_refusal
 
     @property
     def key_id(self) -> str:
@@ -73,8 +84,19 @@ class HomeSigner:
         return _pem(self._private_key().public_key())
 
     def sign(self, digest: str) -> bytes:
-        """A signature document (JSON: key id, algorithm, digest, signature)."""
+        """A signature document (JSON: key id, algorithm, digest, signature).
+
+        Raises:
+            UntrustedError: The home's own key was revoked: what it signs, nobody opens.
+        """
         key = self._private_key()
+        refusal = self._refusal(key_id(key.public_key()))
+        if refusal is not None:
+            old, own = self._folder / "signing.key", key_id(key.public_key())
+            raise UntrustedError(
+                f"nothing is signed: the home's own key {own} {refusal}",
+                hint=f"the next signature makes a new one after `mv {old} {old}.revoked`",
+            )
         signature = base64.b64encode(key.sign(_CONTEXT + digest.encode())).decode()
         document = SignatureDocument(
             algorithm=ALGORITHM, key_id=key_id(key.public_key()), digest=digest, signature=signature
@@ -105,9 +127,9 @@ class HomeSigner:
             raise UntrustedError(
                 f"the signature is for {document.digest}, not for {digest}: the content was altered", hint=_ALTERED
             )
-        key = self._trusted().get(document.key_id) or self._published(document.key_id)
+        _, key = self._files().get(document.key_id) or ("", self._published(document.key_id))
         if key is None:
-            command = f"install -Dm644 SIGNERS_HOME/keys/signing.pub {self._folder / 'trusted' / 'NAME.pub'}"
+            command = "millrace trusted-keys add SIGNERS_HOME/keys/signing.pub"
             raise UntrustedError(
                 f"{digest} is signed by the key {document.key_id}, which is not trusted here",
                 hint=f"only if you know whose key it is: `{command}`",
@@ -118,16 +140,36 @@ class HomeSigner:
             raise UntrustedError(
                 f"the signature of {digest} by {document.key_id} is wrong: it was altered", hint=_ALTERED
             ) from None
+        refusal = self._refusal(document.key_id)
+        if refusal is not None:
+            raise UntrustedError(
+                f"{digest} is signed by the key {document.key_id}, which {refusal}",
+                hint="if you know where its bytes are from, register them again in a home whose key counts: `millrace "
+                "run`, or `millrace models register FILE`",
+            )
         return document.key_id
 
-    def _trusted(self) -> dict[str, Ed25519PublicKey]:
+    def held(self) -> dict[str, str]:
+        """Key ids of the home's folder, each with its file's name.
+
+        Raises:
+            UntrustedError: A file is no key.
+        """
+        return {id: name for id, (name, _) in self._files().items()}
+
+    def _refusal(self, id: str) -> str | None:
+        return self._find_refusal(id) if self._find_refusal is not None else None
+
+    def _files(self) -> dict[str, tuple[str, Ed25519PublicKey]]:
         """Own and trusted public keys by id, read anew: adding or removing a file takes effect at once."""
-        keys = []
-        if (self._folder / "signing.key").exists():
-            keys.append(self._private_key().public_key())
+        found = {}
         for path in sorted((self._folder / "trusted").glob("*.pub")):
-            keys.append(_load(path, serialization.load_pem_public_key, Ed25519PublicKey))
-        return {key_id(key): key for key in keys}
+            key = _load(path, serialization.load_pem_public_key, Ed25519PublicKey)
+            found[key_id(key)] = (f"trusted/{path.name}", key)
+        if (self._folder / "signing.key").exists():
+            own = self._private_key().public_key()
+            found[key_id(own)] = ("signing.key", own)
+        return found
 
     def _published(self, wanted: str) -> Ed25519PublicKey | None:
         """The key of another home on the same records; its id must be that of its bytes."""
@@ -183,6 +225,19 @@ def key_id(key: Ed25519PublicKey) -> str:
     """
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return f"{ALGORITHM}:{hashlib.sha256(raw).hexdigest()[:32]}"
+
+
+def public_key_id(pem: bytes) -> str:
+    """The id of a public key as PEM.
+
+    Raises:
+        InputError: It is none, or one of another kind.
+    """
+    try:
+        return key_id(_parse(pem, "the text", serialization.load_pem_public_key, Ed25519PublicKey))
+    except UntrustedError as error:
+        hint = "give the signer's keys/signing.pub: it begins with -----BEGIN PUBLIC KEY-----"
+        raise InputError(f"want an {ALGORITHM} public key as PEM: {error.message}", hint=hint) from None
 
 
 def _pem(key: Ed25519PublicKey) -> bytes:

@@ -41,7 +41,7 @@ def predict_file(bundle: Bundle, variant: str, path: Path, threads: int = 1) -> 
     Raises:
         InputError: The file cannot be read, lacks a column, or has a bad cell: names file and row.
     """
-    session = open_session(bundle.model_path(variant), threads=threads)
+    session = open_session(bundle.model(variant), threads=threads)
     rows = read_rows(bundle.signature, path)
     first = 1
     while chunk := list(islice(rows, CHUNK_ROWS)):

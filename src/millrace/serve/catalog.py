@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from millrace.serve import documents
+from millrace.serve.access import model_of, path_of
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.exchange import Exchange
 from millrace.serve.routes import Routes
@@ -68,8 +68,8 @@ class Catalog:
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, or queue it."""
-        path = unquote_to_bytes(exchange.head.target.partition(b"?")[0])
-        found = self._routes.get(path.rstrip(b"/") or b"/")
+        path = path_of(exchange.head.target)
+        found = self._routes.get(path)
         if found is None:
             routes = self._models.get(model_of(path))
             if routes is None:
@@ -107,14 +107,21 @@ class Catalog:
     # ------------------------------------------------------------------ documents
 
     @property
-    def _planes(self) -> list[DataPlane]:
-        return [self._models[name].plane for name in sorted(self._models)]
+    def shared(self) -> list[bytes]:
+        """The paths that concern all models."""
+        return list(self._routes)
+
+    def _planes(self, exchange: Exchange) -> list[DataPlane]:
+        """Those that whoever asks may call."""
+        guard, headers = self.service.guard, exchange.head.headers
+        planes = [self._models[name].plane for name in sorted(self._models)]
+        return planes if guard is None else [one for one in planes if guard.sees(headers, one.info.name)]
 
     def _live(self, exchange: Exchange) -> None:
         exchange.reply_json(200, {"live": True})
 
     def _ready(self, exchange: Exchange) -> None:
-        ready = self.is_told and all(plane.is_ready for plane in self._planes)
+        ready = self.is_told and all(routes.plane.is_ready for routes in self._models.values())
         exchange.reply_json(200 if ready else 503, {"ready": ready})
 
     def _metadata(self, exchange: Exchange) -> None:
@@ -122,7 +129,7 @@ class Catalog:
 
     def _statistics(self, exchange: Exchange) -> None:
         parts: list[Any] = []
-        for plane in self._planes:
+        for plane in self._planes(exchange):
             parts += documents.statistics(plane.info.name, plane.info.version, plane.metrics)["model_stats"]
         exchange.reply_json(200, {"model_stats": parts})
 
@@ -130,28 +137,15 @@ class Catalog:
         exchange.reply_json(200, [
             {"name": plane.info.name, "version": plane.info.version,
              "state": "READY" if plane.is_ready else "UNAVAILABLE", "reason": ""}
-            for plane in self._planes
+            for plane in self._planes(exchange)
         ])  # fmt: skip
 
     def _list(self, exchange: Exchange) -> None:
-        exchange.reply_json(200, {"models": [plane.info.name for plane in self._planes]})
+        exchange.reply_json(200, {"models": [plane.info.name for plane in self._planes(exchange)]})
 
     def _metrics(self, exchange: Exchange) -> None:
-        texts = [routes.exposition() for _, routes in sorted(self._models.items())]
+        texts = [self._models[plane.info.name.encode()].exposition() for plane in self._planes(exchange)]
         exchange.reply(200, merge_expositions(texts).encode(), _PROMETHEUS)
-
-
-def model_of(path: bytes) -> bytes:
-    """The model's name in a path, empty where there is none.
-
-    Example:
-        >>> model_of(b"/v2/models/digits/infer"), model_of(b"/v1/models/digits:predict"), model_of(b"/v3")
-        (b'digits', b'digits', b'')
-    """
-    parts = path.split(b"/")
-    if len(parts) < 4 or parts[2] != b"models" or parts[1] not in (b"v1", b"v2"):
-        return b""
-    return parts[3].partition(b":")[0] if parts[1] == b"v1" else parts[3]
 
 
 def merge_expositions(texts: list[str]) -> str:

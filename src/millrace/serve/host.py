@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import uvloop
 
 from millrace.core.errors import InputError, MillraceError
 from millrace.core.extras import version_of
+from millrace.serve.access import Guard
 from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.hosting import HostConfig, Hosted, HostedModel, ModelState
@@ -24,6 +27,7 @@ from millrace.serve.telemetry import TelemetryWriter
 
 MAX_LINE_BYTES = 64 << 20  # reference profiles travel with the models
 RETIRE_S = 30.0
+TELL_S = 1.0
 
 
 def say(message: dict[str, Any]) -> None:
@@ -39,15 +43,29 @@ class Host:
         self._config, self._serving, self._catalog = config, serving, catalog
         self._writer = TelemetryWriter(config.telemetry_fd)
         self._loaded: dict[str, HostedModel] = {}
+        self._wanted: asyncio.Queue[list[HostedModel]] = asyncio.Queue()
 
     async def follow(self, lines: asyncio.StreamReader) -> None:
-        """Apply line by line; the end of the lines is the end of the parent."""
+        """Believe at once, apply in order; the end of the lines is the end of the parent."""
+        guard = self._serving.service.guard
+        applying = asyncio.create_task(self._apply_all())
         while line := await lines.readline():
-            await self._apply(msgspec.json.decode(line, type=Hosted).models)
+            told = msgspec.json.decode(line, type=Hosted)
+            if told.callers is not None and guard is not None:
+                guard.believe(told.callers)
+            if told.models is not None:
+                self._wanted.put_nowait(told.models)
+        applying.cancel()
         self._serving.stop.set()
+
+    async def _apply_all(self) -> None:
+        while True:
+            await self._apply(await self._wanted.get())
 
     async def _apply(self, models: list[HostedModel]) -> None:
         wanted = {model.endpoint: model for model in models}
+        if (guard := self._serving.service.guard) is not None:
+            guard.serve({model.endpoint: model.project for model in models})
         for name in self._catalog.excused():
             if name not in wanted:
                 self._catalog.remove(name)
@@ -114,18 +132,43 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
     service = Service(catalog.handle, config.limits, frozenset(config.allowed_hosts))
     service.refused = catalog.count_refused
     catalog.service = service
+    service.guard = Guard(catalog.shared) if config.wants_token else None
+    service.proxies = tuple(config.proxies)
+    tls = _tls(config)
     serving = Serving(
         service, drain_s=config.drain_s, telemetry_interval_s=config.telemetry_interval_s,
-        parent_pid=config.parent_pid,
+        parent_pid=config.parent_pid, tls=tls,
     )  # fmt: skip
-    listener = bind(config.host, config.port)
+    is_guarded = config.wants_token and (tls is not None or bool(config.proxies))
+    listener = bind(config.host, config.port, is_guarded=is_guarded)
     lines = await lines_of()
-    following = asyncio.create_task(Host(config, serving, catalog).follow(lines))
+    tasks = [asyncio.create_task(Host(config, serving, catalog).follow(lines))]
+    if service.guard is not None:
+        tasks.append(asyncio.create_task(_tell_denied(service.guard)))
     try:
         with listener:
             return await serving.run(listener)
     finally:
-        following.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+def _tls(config: HostConfig) -> ssl.SSLContext | None:
+    if not config.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key or None)
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"the certificate {config.tls_cert} cannot be used: {error}") from None
+    return context
+
+
+async def _tell_denied(guard: Guard) -> None:
+    while True:
+        await asyncio.sleep(TELL_S)
+        for denied in guard.take_denied(time.monotonic()):
+            say(msgspec.to_builtins(denied))
 
 
 async def _stdin() -> asyncio.StreamReader:

@@ -14,6 +14,7 @@ import msgspec
 
 from millrace.core.errors import StageError, UnavailableError, from_dict
 from millrace.core.types import Struct
+from millrace.serve.access import Caller, Denied
 from millrace.serve.service import HttpLimits
 from millrace.serve.telemetry import TelemetryFrame, read_frames
 
@@ -21,11 +22,20 @@ HOST_COMMAND = (sys.executable, "-m", "millrace.serve.host")
 
 
 class HostConfig(Struct, frozen=True, kw_only=True):
-    """What a host is told when it starts: the first line of its stdin."""
+    """What a host is told when it starts: the first line of its stdin.
+
+    With `wants_token` every request but those for health must bring a token that may call the model; a host
+    that is not loopback wants that, and a certificate or `proxies`: networks of proxies that end TLS; then nobody
+    else but this machine is answered.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
     allowed_hosts: list[str] = []
+    wants_token: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
+    proxies: list[str] = []
     limits: HttpLimits = HttpLimits()
     drain_s: float = 10.0
     telemetry_interval_s: float = 0.5
@@ -37,6 +47,7 @@ class HostedModel(Struct, frozen=True, kw_only=True):
     """A model to be served: requests name `endpoint` as their model."""
 
     endpoint: str
+    project: str = "default"
     bundle_dir: str
     digest: str
     version: str
@@ -49,9 +60,10 @@ class HostedModel(Struct, frozen=True, kw_only=True):
 
 
 class Hosted(Struct, frozen=True, kw_only=True):
-    """All models that a host is to serve from now on: every further line of its stdin."""
+    """Every further line of a host's stdin: all models to serve, or all tokens to believe, from now on."""
 
-    models: list[HostedModel]
+    models: list[HostedModel] | None = None
+    callers: list[Caller] | None = None
 
 
 class ModelState(Struct, frozen=True, kw_only=True):
@@ -69,6 +81,7 @@ class HostProcess:
         config: Where it listens; the pipe and the parent are set here.
         on_frame: Called with an endpoint's telemetry, from a thread of its own.
         on_state: Called for every model of every `apply`, from a thread of its own.
+        on_denied: Called with requests that were denied, from the same thread.
         command: Reads a `HostConfig` and then `Hosted` lines from stdin.
     """
 
@@ -77,6 +90,7 @@ class HostProcess:
         config: HostConfig,
         on_frame: Callable[[str, TelemetryFrame], None],
         on_state: Callable[[ModelState], None],
+        on_denied: Callable[[Denied], None] = lambda denied: None,
         command: Sequence[str] = HOST_COMMAND,
     ) -> None:
         read_fd, write_fd = os.pipe()
@@ -91,7 +105,7 @@ class HostProcess:
         finally:
             os.close(write_fd)
         self._config = config
-        self._on_state = on_state
+        self._on_state, self._on_denied = on_state, on_denied
         self._port = 0
         self._failure: dict[str, Any] | None = None
         self._told = threading.Event()
@@ -134,6 +148,10 @@ class HostProcess:
     def apply(self, models: Sequence[HostedModel]) -> None:
         """Serve these models and no others. New ones are loaded beside the old, then take their place."""
         self._send(Hosted(models=list(models)))
+
+    def believe(self, callers: Sequence[Caller]) -> None:
+        """These tokens live, and no others. To be said again well within `access.BELIEVED_S`."""
+        self._send(Hosted(callers=list(callers)))
 
     def terminate(self) -> None:
         """SIGTERM: it drains."""
@@ -181,6 +199,9 @@ class HostProcess:
                 self._port = message["port"]
             elif message.get("failed"):
                 self._failure = message["failed"]
+            elif "statuses" in message:
+                self._on_denied(msgspec.convert(message, Denied))
+                continue
             else:
                 self._on_state(msgspec.convert(message, ModelState))
                 continue

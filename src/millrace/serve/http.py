@@ -10,21 +10,25 @@ from typing import cast
 
 import httptools
 
+from millrace.core.addresses import is_loopback, is_within
 from millrace.serve.exchange import Exchange
 from millrace.serve.service import Head, Service
 
 _LINGER_S = 2.0
 _log = logging.getLogger(__name__)
-_SINGLE_HEADERS = frozenset({b"host", b"content-length", b"content-encoding", b"inference-header-content-length"})
+_SINGLE_HEADERS = frozenset(
+    {b"host", b"content-length", b"content-encoding", b"inference-header-content-length", b"authorization"}
+)
 
 
 class _Refused(Exception):
     """Raised in a parser's callback to stop the parsing; never leaves this module."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: bytes = b"") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.headers = headers
 
 
 class Connection(asyncio.Protocol):
@@ -55,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._began_s = 0.0  # when the message in progress began; 0: none
         self._idle_since_s = service.now_s
         self._is_closing = False  # nothing more is read
+        self._has_unread = False  # a request was refused before its end
         self._is_write_paused = False
         self._is_read_paused = False
         self._holds = 0
@@ -65,6 +70,8 @@ class Connection(asyncio.Protocol):
         """A client has come."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
         self.service.connections.add(self)
+        if self.service.proxies and not _is_of_proxy(self.transport, self.service.proxies):
+            self.transport.abort()  # tokens would travel in the open
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: what waits for it is told."""
@@ -125,6 +132,11 @@ class Connection(asyncio.Protocol):
             if len(data) != head.size_bytes or not data.startswith(head.raw):
                 head = self.service.known(data)
             if head is not None:  # exactly one request whose head was parsed before: nothing to parse
+                guard = self.service.guard
+                denial = None if guard is None else guard.check(head.target, head.headers)
+                if denial is not None:
+                    self._refuse(*denial)
+                    return
                 self._head = head
                 exchange = Exchange(self, head, data, len(head.raw), True)
                 self.queue.append(exchange)
@@ -209,6 +221,10 @@ class Connection(asyncio.Protocol):
         origin = headers.get(b"origin")
         if origin is not None and not self.service.allows(origin.partition(b"://")[2]):
             raise _Refused(403, f"Origin {origin[:80].decode('latin-1')!r} may not call this server")
+        guard = self.service.guard
+        denial = None if guard is None else guard.check(self._target, headers)
+        if denial is not None:
+            raise _Refused(*denial)
         self._keep_alive = not is_old and self._parser.should_keep_alive()
         length = headers.get(b"content-length")
         if length is not None and int(length) > self.service.limits.max_body_bytes:
@@ -277,15 +293,16 @@ class Connection(asyncio.Protocol):
         self._is_closing = True
         if self.transport.is_closing():
             return
+        # Closing with unread input would reset the connection and may destroy the answer.
         if self.transport.can_write_eof():
-            # closing with unread input would reset the connection and may destroy the answer
             self.transport.write_eof()
-            self._is_read_paused = False
-            self.transport.resume_reading()
-            self._began_s = 0.0
-            self._idle_since_s = time.monotonic()
-        else:
+        elif not self._has_unread:
             self.transport.close()
+            return
+        self._is_read_paused = False
+        self.transport.resume_reading()
+        self._began_s = 0.0
+        self._idle_since_s = time.monotonic()
 
     def _close_after_last(self) -> None:
         self._is_closing = True
@@ -297,22 +314,24 @@ class Connection(asyncio.Protocol):
     def _refuse_after(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
         if isinstance(cause, _Refused):
-            self._refuse(cause.status, cause.message)
+            self._refuse(cause.status, cause.message, cause.headers)
         elif isinstance(error, httptools.HttpParserCallbackError):
             _log.error("a request handler failed", exc_info=cause)  # our own bug: this client, not the server
             self._refuse(500, "internal error; the server's log says more")
         else:
             self._refuse(400, f"malformed HTTP: {error}")
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, headers: bytes = b"") -> None:
         """Answer what cannot be parsed, after the answers before it, and close."""
-        self._is_closing = True
+        if self._is_closing:
+            return  # after the last request: nobody is to be told
+        self._is_closing = self._has_unread = True
         self._in_message = False
         self._chunks = []
         self.service.refused(status)
         exchange = Exchange(self, Head(b"", b"", {}, self.service.handler), b"", 0, False)
         self.queue.append(exchange)
-        exchange.reply_error(status, message)
+        exchange.reply_error(status, message, headers)
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -334,3 +353,11 @@ class Connection(asyncio.Protocol):
             limit_s = 0.5 if self.service.is_draining else limits.idle_timeout_s
             if now_s - self._idle_since_s > limit_s:
                 self.transport.close()
+
+
+def _is_of_proxy(transport: asyncio.Transport, proxies: tuple[str, ...]) -> bool:
+    """Whether the peer is a proxy that ends TLS, or this machine itself."""
+    peer, here = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    if not peer or not here:
+        return False
+    return is_within(peer[0], proxies) or is_loopback(peer[0]) or peer[0] == here[0]

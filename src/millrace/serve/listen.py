@@ -1,4 +1,4 @@
-"""Binding the server's socket: loopback only, and who holds a port that is busy."""
+"""Binding the server's socket: loopback only where nobody is asked who they are; and who holds a busy port."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _LISTEN_STATE = "0A"
 BACKLOG = 1024
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, is_guarded: bool = False) -> socket.socket:
     """A listening socket.
 
     Args:
-        host: A loopback address or `localhost`.
+        host: A loopback address or `localhost`; where it is guarded any of this machine.
         port: 0 takes a free one.
+        is_guarded: Whether every request is asked for a token, and none travels in the open.
 
     Raises:
-        InputError: The host is not loopback, or the port may not be used.
+        InputError: The host is not loopback, or not of this machine, or the port may not be used.
         UnavailableError: The port is busy; names who holds it where /proc tells.
     """
-    address = loopback_address(host)
+    address = _address(host) if is_guarded else loopback_address(host)
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,6 +40,13 @@ def bind(host: str, port: int) -> socket.socket:
             raise busy(port) from error
         raise InputError(f"cannot listen on {address}:{port}: {error.strerror}", hint="choose another port") from error
     return listener
+
+
+def _address(host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{host!r} is not an address of this machine: {error}") from None
 
 
 def busy(port: int) -> UnavailableError:

@@ -11,6 +11,7 @@ import numpy as np
 
 METRICS: dict[str, tuple[str, str]] = {
     "millrace_requests_total": ("counter", "Answered requests by route and status code."),
+    "millrace_denied_total": ("counter", "Requests refused for want of a token that may call the model."),
     "millrace_rows_total": ("counter", "Rows that the model has answered."),
     "millrace_calls_total": ("counter", "Calls of the model; rows / calls is the mean batch."),
     "millrace_request_seconds": ("histogram", "From a complete request to its answer, inference only."),

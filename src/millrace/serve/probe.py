@@ -286,7 +286,7 @@ def damage(signature: Signature, manifest: Manifest, tensors: Tensors) -> tuple[
 
 def offline_answers(bundle: Bundle, variant: str, tensors: Tensors, threads: int) -> list[dict[str, Any]]:
     """What the file itself answers, row by row as they were sent (a quantised call may depend on its rows)."""
-    session = open_session(bundle.model_path(variant), threads=threads)
+    session = open_session(bundle.model(variant), threads=threads)
     rows = len(next(iter(tensors.values())))
     answers: list[dict[str, Any]] = []
     for row in range(rows):

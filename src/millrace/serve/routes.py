@@ -175,5 +175,6 @@ class Routes:
             "millrace_queue_limit": admission.limit,
             "millrace_connections": len(self.service.connections),
             "millrace_ready": int(self.plane.is_ready),
+            "millrace_denied_total": guard.denied[info.name] if (guard := self.service.guard) is not None else 0,
         }
         return self.plane.metrics.render(info.name, info.version, gauges)

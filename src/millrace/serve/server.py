@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +33,7 @@ from millrace.stats.histogram import layout_from_reference
 
 _log = logging.getLogger(__name__)
 DISTRIBUTION = "millrace-ai"
+_HANDSHAKE_S = 10.0
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -152,12 +154,15 @@ class Serving:
         drain_s: How long requests in flight may take once told to stop.
         telemetry_interval_s: How often pumps send.
         parent_pid: Stop when that process is no longer the parent.
+        tls: With the server's certificate; None speaks plain HTTP.
     """
 
     def __init__(
-        self, service: Service, *, drain_s: float, telemetry_interval_s: float, parent_pid: int | None
-    ) -> None:
+        self, service: Service, *, drain_s: float, telemetry_interval_s: float, parent_pid: int | None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
         self.service = service
+        self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE_S}
         self.stop = asyncio.Event()
         self.planes: dict[str, DataPlane] = {}
         self.pumps: dict[str, TelemetryPump] = {}
@@ -169,7 +174,7 @@ class Serving:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         spare = listener.dup()  # keeps the backlog alive while the server stops accepting
-        server = await loop.create_server(lambda: Connection(self.service), sock=listener, backlog=BACKLOG)
+        server = await loop.create_server(lambda: Connection(self.service), sock=listener, backlog=BACKLOG, **self._tls)
         print(json.dumps({"ready": True, "port": spare.getsockname()[1]}), flush=True)
         ticker = asyncio.create_task(self._tick())
         await self.stop.wait()
@@ -192,14 +197,16 @@ class Serving:
         """Take who is in the backlog: closing it would reset clients that have sent already."""
         loop = asyncio.get_running_loop()
         server.close()
+        coming = []
         with spare:
             while True:
                 try:
                     client, _ = spare.accept()
                 except OSError:
-                    return
+                    break
                 client.setblocking(False)
-                await loop.connect_accepted_socket(lambda: Connection(self.service), client)
+                coming.append(loop.connect_accepted_socket(lambda: Connection(self.service), client, **self._tls))
+        await asyncio.gather(*coming, return_exceptions=True)  # whose handshake fails was nobody
 
     async def _finish_in_flight(self) -> bool:
         """Wait for the answers; False when the time is up first."""

@@ -8,6 +8,7 @@ from email.utils import formatdate
 from typing import Any, Protocol
 
 from millrace.core.types import Struct
+from millrace.serve.access import Guard
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _MAX_HEADS, _MAX_HEAD_BYTES = 1024, 2048
@@ -91,6 +92,8 @@ class Service:
         self.allowed_hosts = LOOPBACK_HOSTS | {host.lower() for host in allowed_hosts}
         self.connections: set[Member] = set()
         self.is_draining = False
+        self.guard: Guard | None = None  # None: nobody is asked who they are
+        self.proxies: tuple[str, ...] = ()  # networks whose machines alone are answered, besides this one; () all are
         self.refused: Callable[[int], None] = _ignore  # told of answers that no handler gave
         self.heads: dict[bytes, Head] = {}  # request heads that were parsed and allowed before
         self._known_hosts: dict[bytes, bool] = {}

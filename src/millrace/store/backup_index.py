@@ -13,16 +13,22 @@ import msgspec
 
 from millrace.core.types import Struct
 from millrace.store.backup_rows import Points, chain_at
+from millrace.store.backup_versions import Stretch
 from millrace.store.blobs_local import disk_errors
 from millrace.store.database import Connection
+from millrace.store.layout import HEAD
 
 
 class Index(Struct, frozen=True, kw_only=True):
-    """`seq` and `chain`: the head of the event chain then. Pieces of points by bucket; files of trees by digest."""
+    """`seq` and `chain`: the head of the event chain then. Pieces of points by bucket, of records by table; files of
+    trees by digest.
+    """
 
     seq: int = 0
     chain: str = ""
+    schema: str = HEAD
     points: dict[int, Points] = {}
+    stretches: dict[str, list[Stretch]] = {}
     trees: dict[str, list[str]] = {}
 
 
@@ -42,13 +48,13 @@ def read_index(path: Path, connection: Connection, *, is_full: bool) -> Index:
     Args:
         path: See `index_path`.
         connection: A snapshot of the records.
-        is_full: Remember no points: all are to be read.
+        is_full: Remember no pieces: all rows are to be read.
     """
     try:
         found = msgspec.msgpack.decode(path.read_bytes(), type=Index)
     except (OSError, msgspec.MsgspecError):
         return Index()
-    is_same = found.seq > 0 and chain_at(connection, found.seq) == found.chain
+    is_same = found.schema == HEAD and found.seq > 0 and chain_at(connection, found.seq) == found.chain
     return found if is_same and not is_full else Index(trees=found.trees)
 
 

@@ -45,6 +45,13 @@ class Named:
             if table != "steps":
                 self.wanted.add(digest)
 
+    def add(self, table: str, blobs: dict[str, bool]) -> None:
+        """What rows of a table name that were seen in another backup."""
+        for digest, is_tree in blobs.items():
+            self.blobs[digest] = self.blobs.get(digest, False) or is_tree
+            if table != "steps":
+                self.wanted.add(digest)
+
     def trees(self) -> list[str]:
         """Digests of the trees."""
         return [digest for digest, is_tree in self.blobs.items() if is_tree]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import BinaryIO
 
 from millrace.core.errors import NotFoundError
 from millrace.store.backup_place import Stored, checked_name, regular
@@ -22,7 +23,7 @@ class ObjectPlace:
 
     Example:
         >>> place = ObjectPlace("memory:///")
-        >>> place.put("blobs/ab/cd", [b"some ", b"bytes"]), b"".join(place.get("blobs/ab/cd")), [*place.list("blobs")]
+        >>> place.put("blobs/ab/cd", [b"some ", b"bytes"]), place.open("blobs/ab/cd").read(), [*place.list("blobs")]
         (10, b'some bytes', [Stored(name='blobs/ab/cd', size_bytes=10)])
     """
 
@@ -53,18 +54,14 @@ class ObjectPlace:
             self._objects.put_parts(name, chain((first, second), pieces), self._options.part_bytes)
         return counted.size
 
-    def get(self, name: str) -> Iterator[bytes]:
+    def open(self, name: str) -> BinaryIO:
         """The bytes of an object, the next ones fetched ahead."""
         meta = self._objects.head(checked_name(name))
         if meta is None:
             raise NotFoundError(f"{self.url} has no {name}", hint="`millrace system verify` says what is whole")
         if meta["size"] <= CHUNK_BYTES:
-            if meta["size"]:
-                yield bytes(self._objects.range(name, 0, meta["size"]))
-            return
-        with io.BufferedReader(self._objects.reader(name, meta["size"], ""), CHUNK_BYTES) as reader:
-            while piece := reader.read(CHUNK_BYTES):
-                yield piece
+            return io.BytesIO(bytes(self._objects.range(name, 0, meta["size"])) if meta["size"] else b"")
+        return io.BufferedReader(self._objects.reader(name, meta["size"], ""), CHUNK_BYTES)
 
     def list(self, prefix: str) -> Iterator[Stored]:
         """Every object below a prefix."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import stat
@@ -10,13 +11,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from millrace.core import extras
 from millrace.core.errors import CorruptError, InputError, NotFoundError
 from millrace.core.ids import new_id
-from millrace.store.blobs_local import CHUNK_BYTES, disk_errors
+from millrace.store.blobs_local import disk_errors
 
 STALE_TEMP_S = 86_400.0  # a temporary file that nobody has written to for so long belongs to a dead process
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}(/[a-z0-9][a-z0-9.-]{0,127}){0,3}")
@@ -49,8 +50,8 @@ class Place(Protocol):
         """Write, or replace, an object; when `parts` raises, nothing changes. Returns its bytes."""
         ...
 
-    def get(self, name: str) -> Iterator[bytes]:
-        """The bytes of an object, a piece at a time.
+    def open(self, name: str) -> BinaryIO:
+        """The bytes of an object, to be read forward; a file where it is one.
 
         Raises:
             NotFoundError: There is none.
@@ -143,9 +144,12 @@ class FolderPlace:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     place = FolderPlace(Path(folder) / "backups")
-        ...     place.put("blobs/ab/cd", [b"some ", b"bytes"]), b"".join(place.get("blobs/ab/cd"))
+        ...     place.put("blobs/ab/cd", [b"some ", b"bytes"])
+        ...     with place.open("blobs/ab/cd") as file:
+        ...         file.read()
         ...     [*place.list("blobs")]
-        (10, b'some bytes')
+        10
+        b'some bytes'
         [Stored(name='blobs/ab/cd', size_bytes=10)]
     """
 
@@ -188,8 +192,8 @@ class FolderPlace:
                 os.close(folder)
         return size
 
-    def get(self, name: str) -> Iterator[bytes]:
-        """The bytes of an object."""
+    def open(self, name: str) -> BinaryIO:
+        """The file of an object."""
         *folders, last = checked_name(name).split("/")
         with _errors(self.root, name):
             folder = self._folder(folders)
@@ -197,11 +201,10 @@ class FolderPlace:
                 descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             finally:
                 os.close(folder)
-            with os.fdopen(descriptor, "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise CorruptError(f"{self.root}/{name} is not a file", hint="backups hold files only: remove it")
-                while piece := file.read(CHUNK_BYTES):
-                    yield piece
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise CorruptError(f"{self.root}/{name} is not a file", hint="backups hold files only: remove it")
+            return io.FileIO(descriptor, "rb")
 
     def list(self, prefix: str) -> Iterator[Stored]:
         """Every object below a prefix."""

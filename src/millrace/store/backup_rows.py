@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -24,10 +25,11 @@ from sqlalchemy import Boolean, Float, Table
 
 from millrace.core.errors import CorruptError
 from millrace.core.types import Struct
-from millrace.store import transfer
+from millrace.store import backup_versions, transfer
+from millrace.store.backup_versions import Stretch
 from millrace.store.database import Connection
 from millrace.store.records_sql import SqlRecords
-from millrace.store.schema import METRICS
+from millrace.store.schema import EVENTS, METRICS
 from millrace.store.sqlite import SqliteDatabase, connect
 
 SMALLEST_BYTES = 64 << 10  # no cut before
@@ -35,7 +37,7 @@ LARGEST_BYTES = 1 << 20  # a cut after, whatever the key
 CUT_MASK = 0b111  # between: one key in eight is a cut
 POINTS_TABLE = "metrics"
 POINTS = 8192  # numbers of points in a piece
-BULK_CACHE_KIB = 128 << 10  # or SQLite writes pages out before they are full, and reads them again
+CACHE_KIB = 16 << 10  # or the ids of runs, which are asked for twice, are read twice
 INSERT_ROWS = 100  # by one statement: each costs a change of threads
 _HEAD_BYTES = 5  # of the array: 0xdd and how many rows
 _encode = msgspec.msgpack.Encoder().encode
@@ -62,6 +64,7 @@ class Piece(Struct, frozen=True, kw_only=True):
     payload: bytes | None
     bucket: int | None = None  # of points
     points: Points | None = None  # of points: what to know the next time
+    stretch: Stretch | None = None  # the same of other tables
 
 
 @contextmanager
@@ -73,6 +76,7 @@ def snapshot(records: SqlRecords) -> Iterator[Connection]:
         if isinstance(database, SqliteDatabase):
             lite = connect(database.path)
             try:
+                lite.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
                 lite.execute("BEGIN")
                 lite.execute("SELECT key FROM meta LIMIT 1").fetchall()  # the snapshot is taken by the first read
                 yield lite
@@ -93,6 +97,7 @@ def pieces(
     connection: Connection,
     see: Callable[[str, Sequence[Any]], object] | None = None,
     known: Callable[[int], Points | None] = lambda bucket: None,
+    stretches: Mapping[str, Sequence[Stretch]] = MappingProxyType({}),
 ) -> Iterator[Piece]:
     """Every row of every table, parents before children.
 
@@ -100,6 +105,7 @@ def pieces(
         connection: See `snapshot`.
         see: Called with the table and every row that is read, which ends as the record does.
         known: What an earlier backup knows of a bucket of points; None: read it.
+        stretches: What it knows of other tables.
     """
     for table in transfer._tables():
         if table is METRICS:
@@ -107,6 +113,12 @@ def pieces(
         else:
             name = str(table.name)  # SQLAlchemy's names are texts of a kind of its own
             key = tuple(place + 1 for place in _key_places(table))
+            if name in backup_versions.TABLES:
+                yield from _stretches(connection, table, see, stretches.get(name, ()))
+                continue
+            if table is EVENTS:
+                yield from _events(connection, see, stretches.get(name, ()))
+                continue
             for rows in cut(key, _seen(name, _batches(connection, table), see)):
                 yield piece_of(name, rows)
 
@@ -168,7 +180,7 @@ def named_rows_of(payload: bytes, table: str) -> list[tuple[Any, ...]]:
         rows = _DECODER.decode(payload)
     except msgspec.MsgspecError as error:
         raise CorruptError(f"a piece of the table {table} is not one: {error}") from error
-    if any(not row or row[0] != table for row in rows):
+    if [row[:1] for row in rows].count((table,)) != len(rows):
         raise CorruptError(f"a piece of the table {table} has rows of another one")
     return rows
 
@@ -206,7 +218,7 @@ def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: li
         CorruptError: The table is not one of ours, or a row has other columns.
     """
     table = {str(table.name): table for table in transfer._tables()}.get(name)
-    if table is None or tuple(table.columns.keys()) != columns or {len(row) for row in rows} - {len(columns) + 1}:
+    if table is None or tuple(table.columns.keys()) != columns or not {*map(len, rows)} <= {len(columns) + 1}:
         raise CorruptError(f"the backup's table {name[:60]!r} does not fit the schema that it names")
     names = transfer._column_names(table)
     if connection.dialect == "sqlite":
@@ -227,35 +239,33 @@ def _marks(rows: int, columns: int) -> str:
 def read_back(connection: Connection, name: str, counts: Iterable[int]) -> Iterator[bytes]:
     """The payloads of a table's rows as they are now, so many rows in each; a last one has what else is there."""
     table = {str(table.name): table for table in transfer._tables()}[name]
-    held: list[bytes] = []
+    held: list[Sequence[Any]] = []
     batches = _batches(connection, table)
     for count in counts:
         while len(held) < count and (batch := next(batches, None)) is not None:
-            held.extend(map(_encode, batch))
-        yield piece_of(name, held[:count]).payload or b""
+            held.extend(batch)
+        yield _payload(held[:count])
         del held[:count]
-    held.extend(map(_encode, next(batches, ())))
+    held.extend(next(batches, ()))
     if held:
-        yield piece_of(name, held).payload or b""
+        yield _payload(held)
 
 
-@contextmanager
-def in_bulk(connection: Connection) -> Iterator[None]:
-    """Rows are put back quicker inside: SQLite makes the indexes anew, from sorted rows, when all are there."""
-    if connection.dialect != "sqlite":
-        yield
-        return
-    found = connection.execute(
-        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
-    ).fetchall()
-    (before,) = connection.execute("PRAGMA cache_size").fetchone()
-    connection.execute(f"PRAGMA cache_size = -{BULK_CACHE_KIB}")
-    for name, _ in found:
-        connection.execute(f"DROP INDEX {transfer._quoted(name)}")
-    yield
-    for _, sql in found:
-        connection.execute(sql)
-    connection.execute(f"PRAGMA cache_size = {before}")
+def read_again(connection: Connection, name: str, rows: list[tuple[Any, ...]]) -> bytes:
+    """The payload of the rows from the first to the last of these, as they are now; see `named_rows_of`."""
+    table = {str(table.name): table for table in transfer._tables()}[name]
+    key = ", ".join(transfer._quoted(column.name) for column in table.primary_key)
+    marks = ", ".join("?" * len(table.primary_key))
+    bounds = tuple(rows[end][place + 1] for end in (0, -1) for place in _key_places(table))
+    where = f"({key}) >= ({marks}) AND ({key}) <= ({marks})"
+    return _payload([row for batch in _batches(connection, table, where, bounds) for row in batch])
+
+
+def _payload(rows: list[Sequence[Any]]) -> bytes:
+    """As `piece_of` makes it, whose head has one size for any number of rows."""
+    encoded = _encode(rows)
+    head = 1 if len(rows) < 16 else 3 if len(rows) < 1 << 16 else _HEAD_BYTES
+    return b"\xdd" + len(rows).to_bytes(4, "big") + memoryview(encoded)[head:]
 
 
 def columns() -> dict[str, tuple[str, ...]]:
@@ -325,6 +335,50 @@ def _seen(
         for row in rows:
             see(name, row)
             yield row
+
+
+def _stretches(
+    connection: Connection,
+    table: Table,
+    see: Callable[[str, Sequence[Any]], object] | None,
+    known: Sequence[Stretch],
+) -> Iterator[Piece]:
+    """Records; those that have the versions that are known are not read."""
+    name = str(table.name)
+    for one in backup_versions.stretches(backup_versions.versions_of(connection, name), known):
+        if isinstance(one, Stretch):
+            yield Piece(
+                table=name, digest=one.digest, rows=one.rows, size_bytes=one.size_bytes, payload=None, stretch=one
+            )
+            continue
+        for rows in cut((1,), _seen(name, _batches(connection, table, "id >= ? AND id <= ?", one), see)):
+            piece = piece_of(name, rows)
+            read = named_rows_of(piece.payload or b"", name)
+            found = backup_versions.stretch_of(name, read, piece.digest, piece.size_bytes)
+            yield msgspec.structs.replace(piece, stretch=found)
+
+
+def _events(
+    connection: Connection, see: Callable[[str, Sequence[Any]], object] | None, known: Sequence[Stretch]
+) -> Iterator[Piece]:
+    """Sealed events stay as they are: those that are known are not read, if nothing is before or between them."""
+    name, after = str(EVENTS.name), -1
+    for one in known:
+        row = connection.execute("SELECT min(id) FROM events WHERE id > ?", (after,)).fetchone()
+        if row is None or row[0] != int(one.first):
+            break
+        yield Piece(table=name, digest=one.digest, rows=one.rows, size_bytes=one.size_bytes, payload=None, stretch=one)
+        after = int(one.last)
+    for rows in cut((1,), _seen(name, _batches(connection, EVENTS, "id > ?", (after,)), see)):
+        piece = piece_of(name, rows)
+        read = named_rows_of(piece.payload or b"", name)
+        if all(row[2] is not None for row in read):
+            found = Stretch(
+                first=str(read[0][1]), last=str(read[-1][1]), rows=len(rows), versions="", digest=piece.digest,
+                size_bytes=piece.size_bytes,
+            )  # fmt: skip
+            piece = msgspec.structs.replace(piece, stretch=found)
+        yield piece
 
 
 # --------------------------------------------------------------------------- points

@@ -9,17 +9,20 @@ manifests/ID         one backup each, written last: what has none does not count
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol
+from contextlib import ExitStack
+from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
 from millrace.core.errors import ConflictError, CorruptError, InputError, NotFoundError, SchemaVersionError
 from millrace.core.types import Struct
 from millrace.store.backup_place import Place
+from millrace.store.blobs_local import CHUNK_BYTES
 
 FORMAT = 1
 FORMAT_NAME = "format.json"
@@ -49,8 +52,12 @@ class ObjectKey(Protocol):
         """Encrypt the bytes of an object."""
         ...
 
-    def open(self, name: str, parts: Iterable[bytes]) -> Iterator[bytes]:
-        """Decrypt them: whatever comes out was put in under this name."""
+    def plain_size(self, sealed: int) -> int:
+        """How many bytes are in so many."""
+        ...
+
+    def open(self, name: str, source: BinaryIO, size: int) -> io.RawIOBase:
+        """The plain bytes: whatever comes out was put in under this name."""
         ...
 
 
@@ -139,8 +146,8 @@ class Vault:
             CorruptError: It cannot be read.
         """
         try:
-            data = b"".join(self.place.get(FORMAT_NAME))
-            found = msgspec.json.decode(data, type=FormatDocument)
+            with self.place.open(FORMAT_NAME) as file:
+                found = msgspec.json.decode(file.read(CHUNK_BYTES), type=FormatDocument)
         except NotFoundError:
             return None
         except msgspec.MsgspecError as error:
@@ -198,24 +205,38 @@ class Vault:
         packed = _packed(parts) if kind == "chunks" else parts
         self._put(self.name(kind, digest), packed)
 
-    def stream(self, kind: Kind, ref: Ref, *, verify: bool = True) -> Iterator[bytes]:
+    def open_blob(self, ref: Ref) -> BinaryIO:
+        """The plain bytes of a blob, whose digest nobody has looked at.
+
+        Raises:
+            NotFoundError: There is none.
+            CorruptError: It does not open.
+        """
+        name = self.name("blobs", ref.digest)
+        source = self.place.open(name)
+        if self.key is None:
+            return source
+        with ExitStack() as stack:
+            stack.enter_context(source)
+            opened: Any = self.key.open(name, source, ref.size_bytes)
+            stack.pop_all()
+        return opened
+
+    def stream(self, kind: Kind, ref: Ref) -> Iterator[bytes]:
         """The plain bytes of an object.
 
         Raises:
             NotFoundError: There is none.
             CorruptError: Its size or, at the end, its digest is another one.
         """
-        digest, size = hashlib.sha256(), 0
-        parts = self._get(self.name(kind, ref.digest))
-        for part in _unpacked(parts, ref.size_bytes) if kind == "chunks" else parts:
+        name, digest, size = self.name(kind, ref.digest), hashlib.sha256(), 0
+        for part in self._blob_parts(ref) if kind == "blobs" else self._unpacked(name, ref.size_bytes):
             size += len(part)
             if size > ref.size_bytes:
                 break
-            if verify:
-                digest.update(part)
+            digest.update(part)
             yield part
-        if size != ref.size_bytes or (verify and f"sha256:{digest.hexdigest()}" != ref.digest):
-            name = self.name(kind, ref.digest)
+        if size != ref.size_bytes or f"sha256:{digest.hexdigest()}" != ref.digest:
             raise CorruptError(
                 f"{name} of the backup is damaged: it is not {ref.digest} of {ref.size_bytes} bytes",
                 details={"digest": ref.digest, "object": name},
@@ -254,7 +275,7 @@ class Vault:
         """
         if not _ID.fullmatch(id):
             raise InputError(f"the id of a backup has 32 hexadecimal digits, got {id[:80]!r}")
-        data = b"".join(_unpacked(self._get(f"manifests/{id}"), LARGEST_MANIFEST_BYTES))
+        data = b"".join(self._unpacked(f"manifests/{id}", LARGEST_MANIFEST_BYTES))
         try:
             signed = msgspec.msgpack.decode(data, type=_Signed)
             version = msgspec.msgpack.decode(signed.manifest, type=_Version)
@@ -276,12 +297,22 @@ class Vault:
         with self._lock:
             self.written_bytes += size
 
-    def _get(self, name: str) -> Iterator[bytes]:
-        parts = self._counted(self.place.get(name))
-        return parts if self.key is None else self.key.open(name, parts)
+    def _blob_parts(self, ref: Ref) -> Iterator[bytes]:
+        with self.open_blob(ref) as file:
+            yield from self._parts(file)
 
-    def _counted(self, parts: Iterator[bytes]) -> Iterator[bytes]:
-        for part in parts:
+    def _unpacked(self, name: str, limit: int) -> Iterator[bytes]:
+        """A compressed object; it is read as a whole, for nothing else says how many bytes it has."""
+        most = limit + limit // 100 + CHUNK_BYTES  # what grows when it is packed grows by less
+        with self.place.open(name) as file:
+            data = b"".join(self._parts(file, most))
+        if self.key is not None:
+            data = self.key.open(name, io.BytesIO(data), self.key.plain_size(len(data))).read() or b""
+        return _unpacked([data], limit)
+
+    def _parts(self, file: BinaryIO, most: int | None = None) -> Iterator[bytes]:
+        while (most is None or most > 0) and (part := file.read(CHUNK_BYTES)):
+            most = None if most is None else most - len(part)
             with self._lock:
                 self.read_bytes += len(part)
             yield part

@@ -227,6 +227,17 @@ class SqlRecords:
             self._database.after_erasing()
         return erased
 
+    @contextmanager
+    def erasing(self) -> Iterator[None]:
+        """What transactions inside overwrite or delete is also gone from the files, when this ends."""
+        with self.writing() as connection:
+            self._database.before_erasing(connection)
+        try:
+            yield
+        finally:
+            with self._write_lock, self._database.translated():
+                self._database.after_erasing()
+
     def erase_details(self, event_ids: Sequence[int], event: Event) -> None:
         """Erase details and salts of many events, and say so by another event, all in one transaction."""
         with self.writing() as connection:

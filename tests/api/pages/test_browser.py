@@ -107,6 +107,18 @@ def test_a_phone_need_not_scroll_sideways(visit: Open, page_paths: dict[str, str
         assert page.evaluate("window.hacked") is None, name
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_dossier_is_readable_on_every_screen_and_on_paper(visit: Open, web: Any, scheme: str) -> None:
+    page = visit("/models/digits/versions/1", width=400, scheme=scheme, bypass_csp=True)
+    page.set_content(web.get("/models/digits/versions/1/dossier").text)  # its own policy lets no script look at it
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400, page.evaluate(WIDER)
+    page.add_script_tag(path=AXE)
+    found = page.evaluate(f"axe.run(document, {AXE_RULES[scheme]})")["violations"]
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
 def test_curves_are_drawn_and_follow_their_options(visit: Open, page_paths: dict[str, str]) -> None:
     page = visit(page_paths["compare"])
     drawn(page)

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse
 
+from millrace.api.bodies import NEVER_A_PAGE
 from millrace.core.errors import InputError, MillraceError
 from millrace.core.ports import Blobs
 from millrace.core.types import Artifact
@@ -29,9 +30,7 @@ class LargeFileResponse(FileResponse):
 
 def send_file(path: Path, name: str) -> FileResponse:
     """A file as a download: never shown by a browser as a page of this server."""
-    return LargeFileResponse(
-        path, filename=name, media_type="application/octet-stream", headers={"X-Content-Type-Options": "nosniff"}
-    )
+    return LargeFileResponse(path, filename=name, media_type="application/octet-stream", headers=NEVER_A_PAGE)
 
 
 async def receive_blob(request: Request, blobs: Blobs) -> Artifact:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from millrace.api import sessions
 from millrace.api.pages.oidc_login import OidcLogin
 from millrace.api.pages.rendering import Page, Renderer
+from millrace.api.pages.terminal import TerminalLogin
 from millrace.control import sign_in
 from millrace.control.dispatch import Dispatcher
 from millrace.control.sign_in import SignedIn
@@ -45,6 +46,7 @@ def login_routes(dispatcher: Dispatcher, renderer: Renderer, *, signs_in: bool) 
         Route("/login", login.enter, methods=["POST"], name="page.login.enter"),
         Route("/logout", login.leave, methods=["POST"], name="page.logout"),
         *login.oidc.routes(),
+        *login.terminal.routes(),
     ]
 
 
@@ -65,6 +67,7 @@ class Login:
         self._services, self._renderer = dispatcher.services, renderer
         self._addresses = sessions.Addresses(self._services.clock)
         self.oidc = OidcLogin(self._services, self._addresses)
+        self.terminal = TerminalLogin(self._services, renderer, self._addresses)
 
     async def show(self, request: Request) -> Response:
         """The form; who is signed in already goes on."""

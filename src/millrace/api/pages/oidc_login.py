@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -21,7 +22,7 @@ from millrace.control.external import known_user
 from millrace.control.services import Services
 from millrace.control.sign_in import SignedIn
 from millrace.core import extras
-from millrace.core.errors import InputError, MillraceError, UnauthenticatedError, UnavailableError
+from millrace.core.errors import InputError, MillraceError, UnauthenticatedError
 from millrace.core.ports import Transaction
 from millrace.core.principals import token_id
 from millrace.core.types import Session
@@ -29,6 +30,7 @@ from millrace.core.types import Session
 CALLBACK = "/login/callback"
 PENDING_S = 600.0
 MOST_PENDING = 1000
+AT_ONCE = 4  # wait for the issuer: if it is slow, that holds up nobody else here
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class OidcLogin:
         self._services, self._addresses = services, addresses
         self._issuer: str = services.setting("oidc_issuer")
         self._provider: Any = None
-        self._lock = threading.Lock()
+        self._limiter = anyio.CapacityLimiter(AT_ONCE)
         if self._issuer:
             extras.require([("joserfc", "oidc")], "signing in with an identity provider")
             self._provider = self._open()
@@ -87,7 +89,8 @@ class OidcLogin:
         if self._addresses.wait_s(sessions.address_of(request)):
             return _back("busy")
         try:
-            place, secret = await run_in_threadpool(self._begin, _callback(request), wanted)
+            begin = partial(self._begin, _callback(request), wanted)
+            place, secret = await anyio.to_thread.run_sync(begin, limiter=self._limiter)
         except MillraceError as error:
             log.warning("sign-in with %s: %s", self.shown, error.message)
             return _back("oidc")
@@ -114,12 +117,13 @@ class OidcLogin:
         answer = dict(request.query_params)
         secret, old = (sessions.cookie(request, name) for name in (sessions.PENDING, sessions.SESSION))
         address = sessions.address_of(request)
+        if self._addresses.wait_s(address):
+            return _back("busy")  # nothing is used up, and nothing written
         try:
             if len(answer) != len(request.query_params.multi_items()):
                 raise UnauthenticatedError("the answer says something twice")
-            signed, wanted = await run_in_threadpool(
-                self._finish, secret, answer, _callback(request), address=address, old=old
-            )
+            finish = partial(self._finish, secret, answer, _callback(request), address=address, old=old)
+            signed, wanted = await anyio.to_thread.run_sync(finish, limiter=self._limiter)
         except MillraceError as error:
             log.warning("sign-in with %s: %s", self.shown, error.message)
             self._addresses.failed(address)
@@ -150,17 +154,12 @@ class OidcLogin:
 
 
 def _make_room(transaction: Transaction, now: float) -> None:
-    """Forget what was begun too long ago.
-
-    Raises:
-        UnavailableError: Too many have begun and not come back.
-    """
-    begun = transaction.find(Session, {"user_name": ""})
-    old = [one for one in begun if one.expires_at <= now]
-    for one in old:
-        transaction.delete(Session, one.id)
-    if len(begun) - len(old) >= MOST_PENDING:
-        raise UnavailableError("too many sign in at once")
+    """Forget what was begun too long ago, or, where many have begun and not come back, what was begun first."""
+    begun = sorted(transaction.find(Session, {"user_name": ""}), key=lambda one: one.expires_at)
+    too_many = len(begun) - MOST_PENDING + 1
+    for place, one in enumerate(begun):
+        if one.expires_at <= now or place < too_many:
+            transaction.delete(Session, one.id)
 
 
 def _callback(request: Request) -> str:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from millrace.api.pages import compare, curves, files, live, login, mlflow_links, registry, run, runs_table
+from millrace.api.pages import compare, curves, dossiers, files, live, login, mlflow_links, registry, run, runs_table
 from millrace.api.pages.assets import PREFIX, Assets
 from millrace.api.pages.rendering import Page, Renderer
 from millrace.api.problems import problem
@@ -31,6 +31,7 @@ VIEWS: tuple[tuple[str, View], ...] = (
     ("/datasets", registry.datasets),
     ("/datasets/{dataset:path}", registry.dataset),
     ("/models", registry.models),
+    ("/models/{name:path}/versions/{number:int}/dossier", dossiers.show),
     ("/models/{name:path}/versions/{number:int}", registry.version),
     ("/models/{name:path}", registry.model),
     ("/endpoints", live.endpoints),

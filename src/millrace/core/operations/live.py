@@ -46,6 +46,16 @@ class DeployRequest(Request, frozen=True, kw_only=True):
     isolate: bool = False
 
 
+class EndpointAddress(Struct, frozen=True, kw_only=True):
+    """Where an endpoint's requests go. `wants_token`: each with a token that may do `endpoint.predict`."""
+
+    endpoint: str
+    state: str
+    predict: str  # rows in, answers out
+    infer: str  # tensors: the Open Inference Protocol
+    wants_token: bool
+
+
 class AlertList(Page, frozen=True, kw_only=True):
     """Alerts, newest first."""
 
@@ -150,6 +160,12 @@ DELETE_ENDPOINT = Operation(
     response=Endpoint, method="DELETE", path="/endpoints/{name}", is_write=True, subject_kind="endpoint",
     subject_field="name", example={"name": "digits"},
 )  # fmt: skip
+# Whoever may do this may call the endpoint: asked by the data plane, of every request.
+PREDICT = Operation(
+    name="endpoint.predict", summary="Call an endpoint; here: where to.", request=NameRequest,
+    response=EndpointAddress, method="POST", path="/endpoints/{name}/predict", is_write=True, is_audited=False,
+    subject_kind="endpoint", subject_field="name", example={"name": "digits"},
+)  # fmt: skip
 LIST_ALERTS = Operation(
     name="alert.list", summary="Alerts, newest first.", request=AlertList, response=list[Alert], method="GET",
     path="/alerts",
@@ -185,7 +201,7 @@ READ_STATUS = Operation(
     method="GET", path="/system/status",
 )  # fmt: skip
 OPERATIONS = (
-    LIST_ENDPOINTS, GET_ENDPOINT, SERVE_ENDPOINT, DEPLOY_ENDPOINT, DELETE_ENDPOINT, LIST_ALERTS, GET_ALERT,
-    RESOLVE_ALERT, COLLECT_GARBAGE,
+    LIST_ENDPOINTS, GET_ENDPOINT, SERVE_ENDPOINT, DEPLOY_ENDPOINT, DELETE_ENDPOINT, PREDICT, LIST_ALERTS,
+    GET_ALERT, RESOLVE_ALERT, COLLECT_GARBAGE,
     MIGRATE_SYSTEM, MEASURE_DISK, CHECK_SYSTEM, READ_STATUS,
 )  # fmt: skip

@@ -7,6 +7,7 @@ from millrace.core.operations import (
     audit,
     backup,
     blobs,
+    compliance,
     following,
     governance,
     imports,
@@ -16,6 +17,7 @@ from millrace.core.operations import (
     registry,
     runs,
     secrets,
+    trusted_keys,
     users,
     works,
 )
@@ -37,6 +39,8 @@ OPERATIONS: dict[str, Operation] = {
         audit,
         keys,
         secrets,
+        trusted_keys,
+        compliance,
     )
     for operation in module.OPERATIONS
 }

@@ -126,15 +126,16 @@ class PlainFiles:
             waiting += reversed(below)
 
     def open(self, path: Path) -> BinaryIO:
-        """A regular file, never through a link.
+        """A regular file, never through a link; one that has another name (a hard link) may be of elsewhere.
 
         Raises:
             OSError: It is none, or cannot be read.
         """
         descriptor = os.open(path, _NOT_FOLLOWED)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
             os.close(descriptor)
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is no regular file, or a hard link: copy it")
         return os.fdopen(descriptor, "rb")
 
 

@@ -74,7 +74,7 @@ class OnnxRuntime:
             CapacityError: The variant needs VNNI and this machine has none.
         """
         bundle = open_bundle(self._folder, *self._proof)
-        path = bundle.model_path(self.variant)
+        bundle.model_path(self.variant)
         guarantee = bundle.info.guarantees.get(self.variant)
         if isinstance(guarantee, Mapping) and guarantee.get("needs_vnni") and not has_vnni():
             raise CapacityError(
@@ -82,7 +82,7 @@ class OnnxRuntime:
                 " answers change silently",
                 hint=f"serve another variant: {', '.join(name for name in bundle.variants if name != self.variant)}",
             )
-        data = path.read_bytes()
+        data = bundle.model(self.variant)
         session = open_session(data, threads=self._threads)
         self_test(bundle, session, self.variant)
         self._mixes_rows = _MIXING_OPERATOR in data
