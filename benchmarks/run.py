@@ -32,6 +32,8 @@ SECTIONS = {
     "install_size": "Installation",
     "server_start": "What a server costs to start",
     "operations": "One operation, in process and over HTTP",
+    "backup": "Backups and restoring",
+    "encryption": "Encrypted blobs",
     "trust": "Who may do what, asked",
     "logins": "Many who sign in at once",
 }

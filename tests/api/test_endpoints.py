@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -158,6 +159,26 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     made.register("other", 7.0)
     yield made
     made.close()
+
+
+def test_what_was_answered_is_counted_and_goes_on_after_a_restart(team: Team) -> None:
+    one = team.deploy("scaler@1", "counted", isolate=True)
+    assert [ask(one.url, "counted")[0] for _ in range(3)] == [200] * 3
+
+    def counted(rows: int) -> Endpoint:
+        return team.expect("counted", lambda one: one.facts.get("traffic", {}).get("rows") == rows, f"{rows} rows")
+
+    first = counted(3).facts["traffic"]
+    assert first["status_2xx"] == 3
+    assert 0 < first["latency_s"] < 60
+    assert first["since"] <= first["until"]
+    os.kill(one.pid, signal.SIGKILL)
+    again = team.expect("counted", lambda found: found.state == "ready" and found.pid != one.pid, "served again")
+    assert ask(again.url, "counted")[0] == 200
+    assert counted(4).facts["traffic"]["since"] == first["since"]
+    page = httpx.get(f"{team.server.url}/endpoints/counted").text
+    assert "rows predicted" in page
+    assert "No traffic" not in page
 
 
 def test_many_endpoints_at_one_address_and_one_apart(team: Team) -> None:

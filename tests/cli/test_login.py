@@ -278,7 +278,6 @@ def test_nobody_agrees_for_somebody_else(site: Site, terminal: LoginTransport) -
     with site.browser() as browser:
         assert browser.post("/login/terminal", data=data).status_code == 403
         assert browser.post("/login/terminal", data={**data, "csrf": "x"}).status_code == 403
-        assert browser.get(address, params={"csrf": "x"}).status_code in (200, 400)
         code = agree(browser, address, mark)
     token = terminal.redeem(code, verifier).token
     answer = httpx.post(
@@ -288,17 +287,23 @@ def test_nobody_agrees_for_somebody_else(site: Site, terminal: LoginTransport) -
     assert len(site.home.services.records.find(Session, {"user_name": ""})) == before
 
 
-@pytest.mark.parametrize("change", [{"challenge": "short"}, {"challenge": "<b>" * 15}, {"host": ""}, {"host": "<script>"}, {"host": "a" * 41},
-                                    {"lives_s": "599"}, {"lives_s": "2592001"}, {"lives_s": "-1"}, {"lives_s": "inf"}, {"lives_s": "٣٦٠٠"}])  # fmt: skip
-def test_an_address_that_is_not_whole(site: Site, terminal: LoginTransport, change: dict[str, str]) -> None:
+NOT_WHOLE = (
+    {"challenge": "short"}, {"challenge": "<b>" * 15}, {"host": ""}, {"host": "<script>"}, {"host": "a" * 41}, {"lives_s": "599"},
+    {"lives_s": "2592001"}, {"lives_s": "-1"}, {"lives_s": "inf"}, {"lives_s": "٣٦٠٠"},
+)  # fmt: skip
+
+
+def test_an_address_that_is_not_whole(site: Site, terminal: LoginTransport) -> None:
     address, _, _ = terminal.begin("laptop", 3600)
-    data = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()} | change
+    whole = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()}
     with site.browser() as browser:
-        page = browser.get("/login/terminal", params=data)
-        assert page.status_code == 400
-        assert "<script>" not in page.text
+        assert browser.get("/login/terminal", params=whole).status_code == 200
         csrf = field(browser.get("/runs"), "csrf")
-        assert browser.post("/login/terminal", data={**data, "csrf": csrf}).status_code == 400
+        for change in NOT_WHOLE:
+            page = browser.get("/login/terminal", params={**whole, **change})
+            assert page.status_code == 400, change
+            assert "<script>" not in page.text
+            assert browser.post("/login/terminal", data={**whole, **change, "csrf": csrf}).status_code == 400
 
 
 def test_a_page_of_anybody_redeems_nothing(site: Site) -> None:

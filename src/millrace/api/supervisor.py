@@ -215,7 +215,8 @@ class Supervisor:
         if not config.wants_token:
             return HostConfig(port=config.serve_port)
         return HostConfig(
-            host=config.host, port=config.serve_port, allowed_hosts=[*config.names, config.host], wants_token=True,
+            host=config.host, port=config.serve_port, wants_token=True,
+            allowed_hosts=[config.host, *config.names] if config.proxies else [*config.names, config.host],
             tls_cert=config.tls_cert, tls_key=config.tls_key, proxies=list(check_networks(config.proxies)),
         )  # fmt: skip
 

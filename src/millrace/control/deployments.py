@@ -17,6 +17,7 @@ from millrace.control.endpoints import sections_of
 from millrace.control.models import open_version, resolve_model
 from millrace.control.seen import seen
 from millrace.control.services import Services
+from millrace.control.traffic import Traffic, added
 from millrace.control.watching import Watch
 from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError, UntrustedError
 from millrace.core.operations import live as ops
@@ -152,6 +153,7 @@ class Reconciler:
         self._lease: Lease | None = None
         self._hosts: dict[str, Host] = {SHARED: Host(SHARED, self._place.port)}
         self._watches: dict[str, Watch] = {}
+        self._traffic = Traffic(self._count)
         self._frames: queue.Queue[tuple[str, TelemetryFrame]] = queue.Queue()
         self._states: queue.Queue[tuple[str, ModelState]] = queue.Queue()
         self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
@@ -181,6 +183,7 @@ class Reconciler:
         self._drain(self._denied, self._callers.record)
         self._drain(self._states, self._take_state)
         self._drain(self._frames, self._take_frame)
+        self._traffic.tick()
         for name, watch in self._watches.items():
             self._log(name, watch.tick())
 
@@ -189,6 +192,8 @@ class Reconciler:
         pids = self._stop_all()
         if self._lease is None or not pids:
             return
+        self._drain(self._frames, self._take_frame)
+        self._traffic.tick(is_last=True)
         for endpoint in self._services.records.find(Endpoint):
             if endpoint.is_managed and endpoint.pid in pids:
                 self._write(endpoint.name, state=STOPPED, pid=None, text="the server was stopped")
@@ -376,9 +381,20 @@ class Reconciler:
 
     def _take_frame(self, item: tuple[str, TelemetryFrame]) -> None:
         name, frame = item
+        self._traffic.take(name, frame)
         watch = self._watches.get(name)
         if watch is not None:
             self._log(name, watch.take(frame))
+
+    def _count(self, name: str, more: dict[str, float]) -> None:
+        assert self._lease is not None
+        with self._services.records.transaction() as transaction:
+            check_fence(transaction, self._lease)
+            endpoint = transaction.get(Endpoint, name)
+            if endpoint is not None and endpoint.is_managed:
+                traffic = added(endpoint.facts.get("traffic", {}), more, self._services.clock.now())
+                facts = {**endpoint.facts, "traffic": traffic}
+                transaction.put(msgspec.structs.replace(endpoint, facts=facts), expect_version=endpoint.version)
 
     def _write(self, name: str, **changes: Any) -> None:
         assert self._lease is not None

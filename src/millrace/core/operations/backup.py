@@ -14,7 +14,7 @@ class BackupPlace(Request, frozen=True, kw_only=True):
 
 
 class BackupRequest(BackupPlace, frozen=True, kw_only=True):
-    """`full`: read every metric point, also those that an earlier backup has. `prune`: then remove old backups."""
+    """`full`: read all rows of the records, also those of an earlier backup. `prune`: then remove old backups."""
 
     include_keys: bool = False
     include_logs: bool = False
