@@ -311,6 +311,8 @@ def test_a_page_of_anybody_redeems_nothing(site: Site) -> None:
     for kind in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x"):
         answer = httpx.post(place, content=b'{"code": "x"}', headers={"Content-Type": kind}, trust_env=False)
         assert answer.status_code == 403
+    answer = httpx.post(place, json={"code": "x", "verifier": "x"}, headers={"Cookie": "millrace=x"}, trust_env=False)
+    assert answer.status_code == 403
     for body in (b"", b"[]", b'{"code": 1}', b"\xff", b"[" * 4000):
         assert httpx.post(place, content=body, trust_env=False).status_code == 401
     assert httpx.post(place, content=b"x" * 5000, trust_env=False).status_code == 413

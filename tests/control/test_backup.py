@@ -44,7 +44,7 @@ from millrace.core.types import Alert, Artifact, DatasetVersion, Event, MetricPo
 from millrace.security import chain
 from millrace.security.envelope import CHUNK_BYTES
 from millrace.security.signing import HomeSigner
-from millrace.store import backup_marker, backup_rows, backup_vault, trees
+from millrace.store import backup_filling, backup_marker, backup_vault, trees
 from millrace.store.backup_place import FolderPlace
 from millrace.store.backup_vault import Manifest, Vault
 from millrace.store.blobs_local import LocalBlobs
@@ -706,12 +706,12 @@ def test_records_that_read_back_differently_are_not_kept(
 ) -> None:
     home.back_up()
     monkeypatch.setattr(backup_restoring, "SAMPLE_OF", 1)
-    true_insert = backup_rows.insert
+    true_insert = backup_filling.insert
 
     def bad_memory(into: Any, name: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         true_insert(into, name, columns, [(*row[:-1], row[-1] + " ") for row in rows] if name == "steps" else rows)
 
-    monkeypatch.setattr(backup_rows, "insert", bad_memory)
+    monkeypatch.setattr(backup_filling, "insert", bad_memory)
     with pytest.raises(CorruptError, match="read back differently"):
         restore(home.vault(), tmp_path / "new")
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, RSAKey
 from oidc_issuer import NOW, RSA, Issuer, b64, by_hand, rs256
@@ -193,6 +193,7 @@ def shared() -> Iterator[tuple[Issuer, oidc.Provider]]:
         yield made, made.provider()
 
 
+@settings(deadline=None)  # the issuer is asked for its keys over HTTP
 @given(
     changes=st.dictionaries(
         st.sampled_from([*WRONG, "groups"]), st.none() | st.integers() | st.text() | st.floats() | st.lists(st.text())

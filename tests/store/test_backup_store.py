@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from millrace.core.errors import CorruptError, InputError, NotFoundError
 from millrace.core.types import Event, MetricPoint, Run
-from millrace.store import backup_marker, backup_rows, backup_versions
+from millrace.store import backup_filling, backup_marker, backup_rows, backup_versions
 from millrace.store.backup_objects import ObjectPlace
 from millrace.store.backup_place import FolderPlace, Place, Stored, open_place
 from millrace.store.backup_rows import POINTS, Points, named_rows_of, pieces, rows_of, snapshot
@@ -235,12 +235,12 @@ def test_the_pieces_put_back_anywhere_are_the_same_records(records: SqlRecords, 
     assert len([piece for piece in found if piece.table == "runs"]) > 2
     target = open_records_at(STORES[other](tmp_path / "two"))
     with target.writing() as into:
-        assert backup_rows.is_empty(into)
+        assert backup_filling.is_empty(into)
         for piece in found:
             columns = backup_rows.columns()[piece.table]
-            backup_rows.insert(into, piece.table, columns, named_rows_of(piece.payload or b"", piece.table))
-        backup_rows.go_on_counting(into)
-        assert not backup_rows.is_empty(into)
+            backup_filling.insert(into, piece.table, columns, named_rows_of(piece.payload or b"", piece.table))
+        backup_filling.go_on_counting(into)
+        assert not backup_filling.is_empty(into)
     assert records_digest(target) == digest.text()
     with target.transaction() as transaction:
         transaction.append(Event(at=1.0, actor="u", verb="v", subject="run:1"))
@@ -384,7 +384,7 @@ def test_rows_that_do_not_fit_are_refused(records: SqlRecords) -> None:
         ("meta", columns, [("meta", "a", "b", "c")]),
     ):
         with records.writing() as into, pytest.raises(CorruptError, match="does not fit"):
-            backup_rows.insert(into, name, named, rows)
+            backup_filling.insert(into, name, named, rows)
     for payload in (b"", b"\xc1", b"\x91\x90", msgspec.msgpack.encode([["other", 1]]), b"\xdd\xff\xff\xff\xff"):
         with pytest.raises(CorruptError):
             rows_of(payload, "meta")

@@ -21,7 +21,7 @@ from millrace.core.ids import digest_bytes, new_id
 from millrace.core.ports import Blobs
 from millrace.core.types import Struct
 from millrace.security import chain
-from millrace.store import backup_marker, backup_rows, sealing
+from millrace.store import backup_filling, backup_marker, backup_rows, sealing
 from millrace.store.backup_blobs import BulkBlobs
 from millrace.store.backup_filling import filling, forget, in_bulk
 from millrace.store.backup_flow import in_order
@@ -158,7 +158,7 @@ class _Restore:
             raise CorruptError("the backup has other tables than the schema that it names")
         self._between("records")
         with filling(self._target.open_records(), self._target.home) as into:
-            if backup_rows.is_empty(into):
+            if backup_filling.is_empty(into):
                 with in_bulk(into):
                     digest = self._insert(into)
             else:  # killed between the commit and the end; whether it is all there is seen now
@@ -177,12 +177,12 @@ class _Restore:
             self._between(f"table {table.name}")
             for payload in in_order(PIECES_AT_ONCE, table.chunks, lambda ref: self._vault.read("chunks", ref)):
                 rows = backup_rows.named_rows_of(payload, table.name)
-                backup_rows.insert(into, table.name, table.columns, rows)
+                backup_filling.insert(into, table.name, table.columns, rows)
                 is_looked_at = into.dialect != "sqlite" or random.randrange(SAMPLE_OF) == 0
                 if is_looked_at and backup_rows.read_again(into, table.name, rows) != payload:
                     raise _differs(table.name)
                 digest.add(payload)
-        backup_rows.go_on_counting(into)
+        backup_filling.go_on_counting(into)
         return digest.text()
 
 
@@ -200,7 +200,7 @@ def _claim(vault: Vault, manifest: Manifest, target: Target) -> None:
     target.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     records = target.open_records()
     try:
-        is_empty = records.read(backup_rows.is_empty)
+        is_empty = records.read(backup_filling.is_empty)
     finally:
         records.close()
     what = "records" if not is_empty else "blobs" if next(iter(target.blobs.list()), None) is not None else ""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from millrace.core.errors import CorruptError
 from millrace.store import transfer
 from millrace.store.blobs_local import disk_errors
 from millrace.store.database import Connection
@@ -14,6 +17,7 @@ from millrace.store.records_sql import SqlRecords
 from millrace.store.sqlite import SqliteDatabase, connect
 
 NAME = "records.db"
+INSERT_ROWS = 100  # by one statement: each costs a change of threads
 BULK_CACHE_KIB = 128 << 10  # or SQLite writes pages out before they are full, and reads them again
 
 
@@ -72,3 +76,47 @@ def in_bulk(connection: Connection) -> Iterator[None]:
     for _, sql in found:
         connection.execute(sql)
     connection.execute(f"PRAGMA cache_size = {before}")
+
+
+def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Put rows back.
+
+    Args:
+        connection: Inside a write transaction.
+        name: The table.
+        columns: Its columns, as the backup knows them.
+        rows: See `backup_rows.named_rows_of`.
+
+    Raises:
+        CorruptError: The table is not one of ours, or a row has other columns.
+    """
+    table = {str(table.name): table for table in transfer._tables()}.get(name)
+    if table is None or tuple(table.columns.keys()) != columns or not {*map(len, rows)} <= {len(columns) + 1}:
+        raise CorruptError(f"the backup's table {name[:60]!r} does not fit the schema that it names")
+    names = transfer._column_names(table)
+    if connection.dialect == "sqlite":
+        into = f"INSERT INTO {transfer._quoted(name)} ({', '.join(names)}) VALUES "
+        for group in (rows[first : first + INSERT_ROWS] for first in range(0, len(rows), INSERT_ROWS)):
+            connection.execute(into + _marks(len(group), len(names)), list(chain.from_iterable(group)))
+    else:
+        connection.insert_rows(transfer._quoted(name), names, (row[1:] for row in rows))
+
+
+@lru_cache
+def _marks(rows: int, columns: int) -> str:
+    """Parameters of several rows whose first value, the table's name, is left out."""
+    numbers = ((row * (columns + 1) + 2, (row + 1) * (columns + 1) + 1) for row in range(rows))
+    return ", ".join(f"({', '.join(f'?{number}' for number in range(first, end))})" for first, end in numbers)
+
+
+def is_empty(connection: Connection) -> bool:
+    """Whether no table has a row."""
+    return all(
+        connection.execute(f"SELECT 1 FROM {transfer._quoted(table.name)} LIMIT 1").fetchone() is None
+        for table in transfer._tables()
+    )
+
+
+def go_on_counting(connection: Connection) -> None:
+    """After all rows are back: new ones get numbers after theirs."""
+    transfer._go_on_counting(connection)

@@ -15,8 +15,6 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +36,6 @@ CUT_MASK = 0b111  # between: one key in eight is a cut
 POINTS_TABLE = "metrics"
 POINTS = 8192  # numbers of points in a piece
 CACHE_KIB = 16 << 10  # or the ids of runs, which are asked for twice, are read twice
-INSERT_ROWS = 100  # by one statement: each costs a change of threads
 _HEAD_BYTES = 5  # of the array: 0xdd and how many rows
 _encode = msgspec.msgpack.Encoder().encode
 _DECODER = msgspec.msgpack.Decoder(list[tuple[Any, ...]])
@@ -205,37 +202,6 @@ class RecordsDigest:
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Put rows back.
-
-    Args:
-        connection: Inside a write transaction.
-        name: The table.
-        columns: Its columns, as the backup knows them.
-        rows: See `named_rows_of`.
-
-    Raises:
-        CorruptError: The table is not one of ours, or a row has other columns.
-    """
-    table = {str(table.name): table for table in transfer._tables()}.get(name)
-    if table is None or tuple(table.columns.keys()) != columns or not {*map(len, rows)} <= {len(columns) + 1}:
-        raise CorruptError(f"the backup's table {name[:60]!r} does not fit the schema that it names")
-    names = transfer._column_names(table)
-    if connection.dialect == "sqlite":
-        into = f"INSERT INTO {transfer._quoted(name)} ({', '.join(names)}) VALUES "
-        for group in (rows[first : first + INSERT_ROWS] for first in range(0, len(rows), INSERT_ROWS)):
-            connection.execute(into + _marks(len(group), len(names)), list(chain.from_iterable(group)))
-    else:
-        connection.insert_rows(transfer._quoted(name), names, (row[1:] for row in rows))
-
-
-@lru_cache
-def _marks(rows: int, columns: int) -> str:
-    """Parameters of several rows whose first value, the table's name, is left out."""
-    numbers = ((row * (columns + 1) + 2, (row + 1) * (columns + 1) + 1) for row in range(rows))
-    return ", ".join(f"({', '.join(f'?{number}' for number in range(first, end))})" for first, end in numbers)
-
-
 def read_back(connection: Connection, name: str, counts: Iterable[int]) -> Iterator[bytes]:
     """The payloads of a table's rows as they are now, so many rows in each; a last one has what else is there."""
     table = {str(table.name): table for table in transfer._tables()}[name]
@@ -271,19 +237,6 @@ def _payload(rows: list[Sequence[Any]]) -> bytes:
 def columns() -> dict[str, tuple[str, ...]]:
     """The columns of every table, in the order of the tables."""
     return {str(table.name): tuple(map(str, table.columns.keys())) for table in transfer._tables()}
-
-
-def is_empty(connection: Connection) -> bool:
-    """Whether no table has a row."""
-    return all(
-        connection.execute(f"SELECT 1 FROM {transfer._quoted(table.name)} LIMIT 1").fetchone() is None
-        for table in transfer._tables()
-    )
-
-
-def go_on_counting(connection: Connection) -> None:
-    """After all rows are back: new ones get numbers after theirs."""
-    transfer._go_on_counting(connection)
 
 
 def chain_at(connection: Connection, seq: int) -> str | None:

@@ -81,8 +81,9 @@ class TerminalLogin:
             UnauthenticatedError: The code is not good.
             UnavailableError: There were too many wrong ones from this address.
         """
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() in FORMS:
-            raise DeniedError("a form redeems no code", hint="`millrace login` sends JSON")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in FORMS or "cookie" in request.headers:
+            raise DeniedError("a browser redeems no code", hint="`millrace login` sends JSON, and no cookie")
         address = sessions.address_of(request)
         if self._addresses.wait_s(address):
             raise UnavailableError("too many attempts from your address")

@@ -44,7 +44,7 @@ class BackupSource(Request, frozen=True, kw_only=True):
 class BackupMade(Struct, frozen=True, kw_only=True):
     """A backup that was made.
 
-    `digest` is of all records, "" where unchanged metric points were not read again. `missing`: blobs that records
+    `digest` is of all records, "" where unchanged rows were not read again. `missing`: blobs that records
     name and the home does not have whole. `repaired`: objects of the destination that were damaged. `signed_by` is
     what a restore into another home wants to know: keep it with the key.
     """
