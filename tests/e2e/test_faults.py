@@ -95,6 +95,20 @@ def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
     assert [states[step] for step in ("data", "train", "export", "monitor")] == ["cached"] * 3 + ["succeeded"]
 
 
+def test_a_reader_that_leaves_cancels_and_a_new_run_continues(small: Path) -> None:
+    """`millrace run | head -1` ends."""
+    process = start(small, "run")
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(" data "):
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(60) == 0
+    (run,) = json.loads(run_millrace(small, "runs", "--json").stdout)
+    assert run["state"] == "cancelled"
+    run_millrace(small, "run")
+    assert states_of(small)["data"] == "cached"
+
+
 def test_another_terminal_cancels(small: Path) -> None:
     process = start(small, "run", "--json")
     wait_for_step(process, "train")

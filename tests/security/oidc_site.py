@@ -71,6 +71,10 @@ class Site:
         if self.home is not None:
             self.home.close()
 
+    def connections(self) -> set[Any]:
+        """Those that are open now."""
+        return self._server.server_state.connections
+
     def browser(self) -> httpx.Client:
         """Keeps cookies, follows redirects from one server to the other, and asks for pages."""
         headers = {"Accept": "text/html", "Sec-Fetch-Dest": "document"}

@@ -154,6 +154,17 @@ def test_keys_that_are_too_much_or_nothing(issuer: Issuer, body: bytes) -> None:
         issuer.provider().verify(issuer.token(), "n")
 
 
+def test_a_huge_list_of_keys_though_the_right_one_is_in_it(issuer: Issuer) -> None:
+    for filling, is_read in ((oidc.MAX_BYTES // 2, True), (oidc.MAX_BYTES, False)):
+        listed = json.dumps({"keys": issuer.published, "x": "x" * filling}).encode()
+        issuer.replaced["/jwks"] = (200, {}, listed)
+        if is_read:
+            assert issuer.provider().verify(issuer.token(), "n")
+        else:
+            with pytest.raises(UnauthenticatedError, match="says more than"):
+                issuer.provider().verify(issuer.token(), "n")
+
+
 def test_a_packed_answer_is_not_unpacked(issuer: Issuer) -> None:
     issuer.replaced["/jwks"] = (200, {"Content-Encoding": "gzip"}, gzip.compress(json.dumps({"keys": []}).encode()))
     with pytest.raises(UnauthenticatedError, match="no JSON object"):

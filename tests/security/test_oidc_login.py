@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -227,6 +230,23 @@ def test_an_issuer_that_is_away(site: Site, issuer: Issuer, monkeypatch: pytest.
     with site.browser() as browser:
         assert is_refused(come_back(browser, issuer.approve(leave(browser))), browser)
         assert "did not work" in browser.get("/login?problem=oidc").text
+
+
+def test_a_slow_issuer_holds_up_nobody_else(tmp_path: Path) -> None:
+    """More browsers wait for it than the server has threads."""
+    go = threading.Event()
+    with Issuer(SystemClock()) as slow, Site(tmp_path) as site, ThreadPoolExecutor(60) as pool:
+        says = slow.says
+        slow.says = lambda path, form: says(path, form) if go.wait(30) else (503, {}, b"")  # type: ignore[method-assign]
+        site.start(oidc_issuer=slow.url, oidc_client_id="millrace")
+        leaving = [pool.submit(httpx.get, f"{site.url}/login/oidc", timeout=60, trust_env=False) for _ in range(60)]
+        try:
+            while len(site.connections()) < 60:
+                time.sleep(0.01)
+            assert httpx.get(f"{site.url}/readyz", timeout=8, trust_env=False).status_code == 200
+        finally:
+            go.set()
+        assert {one.result().headers["location"].partition("?")[0] for one in leaving} == {f"{slow.url}/authorize"}
 
 
 def test_guessing_has_an_end_and_leaves_no_trail_of_events(

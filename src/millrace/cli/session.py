@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import click
@@ -50,6 +50,7 @@ class Session:
     def __init__(self, open_transport: Callable[..., Any]) -> None:
         self._open_transport = open_transport
         self._transport: Any = None
+        self._streams: list[Iterator[Any]] = []
         self.home: str | None = None
         self.embedded = False
         self.as_json = False
@@ -67,10 +68,16 @@ class Session:
 
     def stream(self, operation: str, /, **body: Any) -> Iterator[Any]:
         """Run a streaming operation."""
-        return self.transport.stream(operation, {key: value for key, value in body.items() if value is not None})
+        found = self.transport.stream(operation, {key: value for key, value in body.items() if value is not None})
+        self._streams.append(found)
+        return found
 
     def close(self) -> None:
-        """Let go of the home."""
+        """End what still streams (its reader has gone), and let go of the home."""
+        for stream in self._streams:
+            if isinstance(stream, Generator):
+                stream.close()
+        self._streams = []
         if self._transport is not None:
             transport, self._transport = self._transport, None
             try:

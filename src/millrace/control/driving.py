@@ -50,9 +50,14 @@ class _Driving:
         thread = threading.Thread(target=self._drive, name="driver", daemon=True)
         with calling_on_signals(self._on_signal):
             thread.start()
-            while (event := self._queue.get()) is not None:
-                yield event
-            thread.join()
+            try:
+                while (event := self._queue.get()) is not None:
+                    yield event
+            except GeneratorExit:  # nobody listens any more: nothing is driven without a lease
+                self._driver.cancel()
+                raise
+            finally:
+                thread.join()
         if self._failure is not None:
             raise self._failure
         yield self._end()

@@ -15,8 +15,7 @@ from millrace.core.errors import CorruptError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.store.blobs_local import LocalBlobs, damaged, disk_errors
 
-PIECE_BYTES = 4 << 20  # copied, then hashed: it is still in the processor's cache
-BUFFER_BYTES = 256 << 10  # as much as a chunk of an envelope
+PIECE_BYTES = 4 << 20  # copied, then hashed, by few calls: each of them waits for the thread that puts rows back
 _NO_FILE_TO_FILE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 _SYNCFS = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
 
@@ -95,7 +94,7 @@ class BulkBlobs(LocalBlobs):
 
 def _copy(source: BinaryIO, target: io.FileIO, size: int) -> str:
     """Copy so many bytes, and one more if there are more; the digest of what came."""
-    hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES)), 0
+    hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES)), 0
     while done <= size and (count := _splice(source, target, size + 1 - done)):
         while count and (part := os.preadv(target.fileno(), [buffer[:count]], done)):
             hasher.update(buffer[:part])

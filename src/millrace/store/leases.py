@@ -181,6 +181,12 @@ class LeaseKeeper:
         self._release_tried.wait()
 
     def _run(self) -> None:
+        try:
+            self._keep()
+        finally:
+            self._release_tried.set()
+
+    def _keep(self) -> None:
         while not self._stop.wait(self._ttl_s / 3):
             self._renew()
         # A release that fails (the disk is full) is tried again as long as the process lives: on this
@@ -188,7 +194,6 @@ class LeaseKeeper:
         while not self._release():
             self._release_tried.set()
             self._pause.wait(self._ttl_s / 3)
-        self._release_tried.set()
 
     def _renew(self) -> None:
         try:

@@ -150,7 +150,7 @@ class OidcLogin:
             external = f"{self._issuer}|{who.subject}"
             user = known_user(services, transaction, external, who.name, who.email, who.groups)
             signed = sign_in.open_session(services, transaction, user, address=address, old=old, by=self._issuer)
-        return signed, sessions.safe_next(begun.pending["next"])
+        return signed, begun.pending["next"]
 
 
 def _make_room(transaction: Transaction, now: float) -> None:
