@@ -202,7 +202,8 @@ def _has_owner(services: Services, transaction: Transaction, local_name: str) ->
 def _first_owner(services: Services, transaction: Transaction, password: str) -> str:
     """The user `owner`, and the one-time secret that sets their password; "" where they have one already."""
     now = services.clock.now()
-    taken = {user.name for user in transaction.find(User) if user.disabled_at is not None or user.is_service}
+    users = transaction.find(User)
+    taken = {user.name for user in users if user.disabled_at is not None or user.is_service or user.external}
     name = next(name for name in _numbered(FIRST_OWNER) if name not in taken)
     user = transaction.get(User, name) or User(id=name, name=name, created_at=now)
     transaction.put(msgspec.structs.replace(user, password=password))

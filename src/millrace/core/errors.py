@@ -84,7 +84,9 @@ class UnauthenticatedError(MillraceError):
     """The server wants to know who is asking, and was not told, or not by a valid token."""
 
     code = "auth.required"
-    default_hint = "set MILLRACE_TOKEN to a token of that server (`millrace tokens create NAME` makes one there)"
+    default_hint = (
+        "`millrace login URL`, or set MILLRACE_TOKEN to a token of that server (`millrace tokens create NAME` there)"
+    )
 
 
 class DeniedError(MillraceError):
