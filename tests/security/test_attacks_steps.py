@@ -175,7 +175,7 @@ def test_an_isolated_step_has_no_way_to_keys_scratch_and_processes(
     (tmp_path / ".millrace" / "projects" / "other").mkdir(parents=True)
     (tmp_path / ".millrace" / "projects" / "other" / "rows.csv").write_text("a")
     key = (tmp_path / ".millrace" / "keys" / "kek.json").read_text()
-    monkeypatch.setenv("MILLRACE_ISOLATE_STEPS", "1")
+    monkeypatch.setenv("MILLRACE_ISOLATE_STEPS", "on")
     steps = run(home, tmp_path, KEEPER, '{name: breaker, uses: "steps.py:breaker"}')
     assert {name: step.state for name, step in steps.items()} == {"keeper": "succeeded", "breaker": "succeeded"}
     log = Path(steps["breaker"].log_path).read_text()
@@ -196,11 +196,12 @@ def test_an_isolated_step_has_no_way_to_keys_scratch_and_processes(
         time.sleep(0.02)
 
 
-def test_what_is_not_isolated_is_found(home: Dispatcher, tmp_path: Path) -> None:
-    """Without the setting it does find them: so the test above can see a difference, and the documents are true."""
+def test_what_is_not_isolated_is_found(home: Dispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without isolation it does find them: so the test above can see a difference, and the documents are true."""
     (tmp_path / "steps.py").write_text(
         STEPS.replace("DRIVER", str(os.getpid())).replace("OUTSIDE", os.readlink("/proc/self/ns/user"))
     )
+    monkeypatch.setenv("MILLRACE_ISOLATE_STEPS", "off")
     facts = run(home, tmp_path, KEEPER, '{name: breaker, uses: "steps.py:breaker"}')["breaker"].facts
     assert facts["held"]
     assert facts["got"]["keys"]

@@ -98,9 +98,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="oidc_groups_claim", type=str, default="groups", summary="The claim that names somebody's groups."),
     Setting(
         name="isolate_steps",
-        type=int,
-        default=0,
-        summary="1: a step sees neither the home's keys nor other steps' scratch and processes, where Linux lets it.",
+        type=str,
+        default="auto",
+        summary="on: a step sees neither the home's keys nor other steps' scratch and processes, where Linux lets it. "
+        "auto: on, but off for root, whose steps could read closed files of other users no more. off.",
     ),
     Setting(name="request_head_s", type=float, default=10.0, summary="A client may take so long for a request's head."),
     Setting(

@@ -15,6 +15,7 @@ from millrace.core.errors import CorruptError, NotFoundError
 from millrace.core.ids import new_id
 from millrace.store.blobs_local import LocalBlobs, damaged, disk_errors
 
+CHUNK_BYTES = 256 << 10  # as much as an envelope opens at once: it stays in the processor's cache
 PIECE_BYTES = 4 << 20  # copied, then hashed, by few calls: each of them waits for the thread that puts rows back
 _NO_FILE_TO_FILE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 _SYNCFS = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
@@ -100,7 +101,7 @@ def _copy(source: BinaryIO, target: io.FileIO, size: int) -> str:
             hasher.update(buffer[:part])
             done += part
             count -= part
-    while done <= size and (count := source.readinto(buffer)):  # type: ignore[attr-defined]
+    while done <= size and (count := source.readinto(buffer[:CHUNK_BYTES])):  # type: ignore[attr-defined]
         hasher.update(buffer[:count])
         rest = buffer[:count]
         while rest:
