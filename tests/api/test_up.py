@@ -107,6 +107,17 @@ def test_a_busy_port_is_named(tmp_path: Path) -> None:
         assert f"port {port}" in refused.stderr
 
 
+def test_what_keeps_a_server_from_starting_keeps_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it the unit of systemd knows that trying again does not help."""
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "one.pem"))
+    (tmp_path / "password").write_text("short")
+    monkeypatch.setenv("MILLRACE_OWNER_PASSWORD_FILE", str(tmp_path / "password"))
+    reached = ("--host", "0.0.0.0", "--name", "localhost", "--tls-cert", str(tmp_path / "one.pem"))
+    refused = run_command(tmp_path / "home", "up", "--port", "0", *reached)
+    assert refused.returncode == 2
+    assert "owner_password_file" in refused.stderr
+
+
 @pytest.mark.parametrize("role", ["loop", "api 0"])
 def test_what_is_killed_comes_back_and_keeps_every_acknowledged_write(tmp_path: Path, role: str) -> None:
     with RunningServer(tmp_path / "home", workers=2) as server, talking_to(server) as transport:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from millrace.control.authorisation import acting_as
+from millrace.control.authorisation import acting_as, authenticate
 from millrace.control.dispatch import Dispatcher
 from millrace.core.errors import ApprovalNeededError, ConflictError, DeniedError, InputError, QuotaError
 from millrace.core.principals import Grant, Principal
@@ -77,6 +77,29 @@ def test_a_promotion_waits_for_a_second_person(home: Dispatcher) -> None:
         other = home.call("approval.list", {"state": "waiting"})[0]
         assert home.call("approval.refuse", {"name": other.id, "reason": "slow"}).state == "refused"
     assert at(home) == 2
+
+
+def test_a_token_that_one_has_made_is_no_second_person(home: Dispatcher) -> None:
+    """Maintainers make tokens: those are in their hands. Those of an owner are given to people."""
+    home.call("approval_rule.set", {"in_project": "default"})
+    ada, bob = (made(home, name) for name in ("ada", "bob"))
+    with acting_as(ada):
+        with pytest.raises(ApprovalNeededError) as caught:
+            home.call("model.promote", {"model": "m@2"})
+        second = made(home, "second")
+    waiting = {"name": caught.value.details["approval"]}
+    with acting_as(second):
+        third = made(home, "third")
+    for one in (ada, second, third):
+        with acting_as(one), pytest.raises(DeniedError, match="token:ada has asked for it"):
+            home.call("approval.approve", waiting)
+    assert third.id == "token:ada/token:third"
+    with acting_as(bob):
+        assert home.call("approval.approve", waiting).approved_by == ("token:bob",)
+
+
+def made(home: Dispatcher, name: str) -> Principal:
+    return authenticate(home.services, home.call("token.create", {"name": name, "scope": "maintainer"}).secret)
 
 
 def test_two_of_them(home: Dispatcher) -> None:

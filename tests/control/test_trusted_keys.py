@@ -19,16 +19,17 @@ from onnx import TensorProto, helper
 from millrace.cli.main import cli
 from millrace.cli.session import Session
 from millrace.control.authorisation import acting_as
-from millrace.control.commits import prepare_register
+from millrace.control.commits import commit_model, prepare_register
 from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
 from millrace.control.heads import sign_now
 from millrace.control.models import resolve_model
 from millrace.control.trust import publish_key, published_key, refusal_of
 from millrace.core.errors import ConflictError, DeniedError, InputError, NotFoundError, UntrustedError
+from millrace.core.facts import GateFacts, RegisterFacts
 from millrace.core.principals import Grant, Principal
 from millrace.core.spec import Data, Register, Spec
-from millrace.core.types import Endpoint, TrustedKey
+from millrace.core.types import Endpoint, Run, Step, TrustedKey
 from millrace.security.signing import HomeSigner
 from millrace.store.leases import acquire
 from millrace.wiring import open_dispatcher, open_transport
@@ -124,7 +125,37 @@ def test_the_records_are_stronger_than_a_file(home: Dispatcher, tmp_path: Path, 
     all_refuse(home, tmp_path, "was revoked on")
     place.unlink()
     assert published_key(home.services.records, partner.key_id) is None
-    all_refuse(home, tmp_path, "not trusted here")
+    all_refuse(home, tmp_path, "was revoked on")
+    with pytest.raises(UntrustedError, match="was revoked on"):  # not "add it", which would be refused
+        home.call("model.open", {"model": "m"})
+
+
+def test_what_a_revoked_key_has_signed_is_registered_again_by_its_spec(
+    home: Dispatcher, tmp_path: Path, partner: HomeSigner
+) -> None:
+    """No step is reused whose signature counts no more; equal bytes are signed again, and open."""
+    register(home, tmp_path, partner)
+    key, services = add(home, partner), home.services
+    version = resolve_model(services, "m")
+    assert version.signature is not None
+    spec = Spec(project="m", data=Data(source="x.csv", label="y"), register=Register(model="m", alias="next"))
+    facts = RegisterFacts(model="m", gate=GateFacts(verdict="first"))
+    step = Step(
+        id="1", project=version.project, run_id="r", name="register", stage="register", state="succeeded",
+        key_parts={"model": "m", "champion": "none"}, facts=msgspec.to_builtins(facts),
+        outputs={"bundle": version.bundle, "signature": version.signature},
+    )  # fmt: skip
+    services.records.put(step, expect_version=0)
+    assert prepare_register(services, spec, {}, {}).reuse is not None
+    home.call("trusted_key.revoke", {"key": key})
+    with pytest.raises(KeyError, match="data"):  # on to the work itself, which wants the steps before
+        prepare_register(services, spec, {}, {})
+    with pytest.raises(UntrustedError) as refused:
+        prepare_register(services, msgspec.structs.replace(spec, register=Register(model="m")), {}, {})
+    assert "--set register.alias=next" in refused.value.hint
+    with services.records.transaction() as transaction:
+        commit_model(services, transaction, Run(id="r", project=version.project, name="m"), spec, step)
+    assert home.call("model.open", {"model": "m@next"}).number == version.number
 
 
 @pytest.mark.parametrize(("times", "state", "says"), [

@@ -412,7 +412,7 @@ def test_an_empty_or_default_password_refuses_to_start(
     (tmp_path / "password").write_text(password)
     monkeypatch.setenv("MILLRACE_OWNER_PASSWORD_FILE", str(tmp_path / "password"))
     home = open_dispatcher(str(tmp_path / "home"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=f"owner_password_file: {tmp_path}/password"):
         first_tokens(home.services)
     assert home.services.records.find(User) == []
     (tmp_path / "password").write_text(PASSWORD + "\n")

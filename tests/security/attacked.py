@@ -23,8 +23,8 @@ BASE = "http://127.0.0.1"
 class Client:
     """Requests to the application, without a socket between."""
 
-    def __init__(self, app: Any, headers: dict[str, str]) -> None:
-        self._app, self._headers = app, headers
+    def __init__(self, app: Any, headers: dict[str, str], runner: asyncio.Runner) -> None:
+        self._app, self._headers, self._runner = app, headers, runner
 
     def request(self, method: str, url: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
@@ -32,7 +32,7 @@ class Client:
             async with httpx.AsyncClient(transport=transport, base_url=BASE, headers=self._headers) as client:
                 return await client.request(method, url, **options)
 
-        return asyncio.run(ask())
+        return self._runner.run(ask())
 
     def get(self, url: str, **options: Any) -> httpx.Response:
         return self.request("GET", url, **options)
@@ -47,6 +47,7 @@ class Site:
     def __init__(self, home: Dispatcher, folder: Path) -> None:
         self.home = home
         self.app = build_app(home, wants_token=True)
+        self.runner = asyncio.Runner()  # one for all requests: to make a loop costs more than most answers
         self.ids = {project: self._fill(project, folder) for project in ("secret", "mine")}
         self.tokens = {name: self._token(name, scope) for name, scope in {
             "owner": "owner", "dev": "developer:mine", "main": "maintainer:mine", "look": "viewer:mine", "worker": "worker", "plain": "developer:default",
@@ -66,7 +67,7 @@ class Site:
         return secret
 
     def client(self, secret: str = "") -> Client:
-        return Client(self.app, {"Authorization": f"Bearer {secret}"} if secret else {})
+        return Client(self.app, {"Authorization": f"Bearer {secret}"} if secret else {}, self.runner)
 
     def routes(self) -> list[tuple[str, str]]:
         """Method and path of everything that is mounted."""

@@ -19,5 +19,7 @@ from attacked import Site
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("attacks")
     home = open_dispatcher(str(folder / "home"))
-    yield Site(home, folder)
+    site = Site(home, folder)
+    with site.runner:
+        yield site
     home.close()

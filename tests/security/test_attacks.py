@@ -16,6 +16,13 @@ from attacked import OPEN, Site, filled
 from millrace.core.principals import Grant, Principal, new_secret
 
 
+def test_mlflow_clients_hear_what_they_lack(site: Site) -> None:
+    refused = site.client().get("/api/2.0/mlflow/experiments/search", headers={"Accept": "*/*"})
+    assert (refused.status_code, refused.json()["error_code"]) == (401, "UNAUTHENTICATED")
+    assert "MLFLOW_TRACKING_TOKEN" in refused.json()["message"]
+    assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+
+
 @pytest.mark.parametrize("kind", ["none", "unknown", "expired", "revoked", "basic", "two", "empty", "lower"])
 def test_no_route_answers_without_a_valid_token(site: Site, kind: str) -> None:
     bad = {

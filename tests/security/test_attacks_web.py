@@ -76,7 +76,7 @@ def test_a_cookie_alone_changes_nothing(site: Site, cookie: str, kind: str) -> N
 @pytest.fixture(scope="module")
 def everybody(site: Site) -> Client:
     """The same home, where nobody is asked who they are: a server on loopback."""
-    return Client(build_app(site.home), {})
+    return Client(build_app(site.home), {}, site.runner)
 
 
 @pytest.mark.parametrize(

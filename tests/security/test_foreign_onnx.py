@@ -281,6 +281,35 @@ def test_a_loop_without_an_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
         assert home.call("model.list", {}) == []
 
 
+def test_a_loop_that_one_row_makes_endless_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows are answered at once; a later one says how often the loop turns."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Identity", ["v"], ["w"])], "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("v", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor_value_info("goes", TensorProto.BOOL, []), helper.make_tensor_value_info("w", TensorProto.FLOAT, ["rows", 2])],
+    )  # fmt: skip
+    model = scaler()
+    model.graph.initializer.append(helper.make_tensor("yes", TensorProto.BOOL, [], [True]))
+    model.graph.node[0].output[0] = "scaled"
+    model.graph.node.extend([
+        helper.make_node("ReduceMax", [model.graph.input[0].name], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["turns"], to=TensorProto.INT64),
+        helper.make_node("Loop", ["turns", "yes", "scaled"], ["y"], body=body),
+    ])  # fmt: skip
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    rows = ["1,1,0"] * 20
+    monkeypatch.setattr("millrace.control.foreign.WHOLE_S", 0.2)
+    with closing(open_dispatcher(str(tmp_path / "home"))) as home:
+        request = {"path": str(tmp_path / "m.onnx"), "data": str(tmp_path / "d.csv"), "label": "z"}
+        (tmp_path / "d.csv").write_text("\n".join(["a,b,z", *rows, "1e18,1,0"]))
+        with pytest.raises(StageError, match=r"m\.onnx failed"):
+            home.call("model.register", request)
+        monkeypatch.setattr("millrace.control.foreign.WHOLE_S", 60.0)
+        (tmp_path / "d.csv").write_text("\n".join(["a,b,z", *rows, "2,1,0"]))
+        home.call("model.register", request)
+
+
 def test_size_limits_and_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("millrace.formats.onnx_file.MAX_MODEL_BYTES", 10)
     with pytest.raises(InputError, match="want at most 10"):

@@ -99,10 +99,21 @@ def test_a_ring_whose_id_is_not_its_keys_is_refused(tmp_path: Path) -> None:
         Keyring(tmp_path, f"file:{tmp_path}/key").current  # noqa: B018
 
 
-@pytest.mark.parametrize("source", ["somewhere", "file:", "https://x", "env"])
+@pytest.mark.parametrize("source", ["somewhere", "file:", "https://x", "env", KEY.hex()])
 def test_a_setting_that_is_none_is_refused(tmp_path: Path, source: str) -> None:
-    with pytest.raises(InputError, match="file:PATH"):
+    with pytest.raises(InputError, match="file:PATH") as refused:
         Keyring(tmp_path, source)
+    assert KEY.hex()[:8] not in str(refused.value), "it may be the key itself"
+
+
+def test_a_file_that_everybody_can_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(0o600)
+    Keyring(tmp_path, f"file:{tmp_path}/key")
+    assert not caplog.records
+    (tmp_path / "key").chmod(0o644)
+    assert Keyring(tmp_path, f"file:{tmp_path}/key").current == key_id(KEY)
+    assert "chmod 600" in caplog.text
 
 
 def test_no_file_is_made_where_something_is_encrypted(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from oidc_issuer import Issuer
 from oidc_site import Site
 
 from millrace.api.pages import oidc_login
+from millrace.control import terminals
 from millrace.control.dispatch import Dispatcher
 from millrace.core.clock import SystemClock
 from millrace.core.errors import InputError
+from millrace.core.principals import token_id
 from millrace.core.types import Event, Session, User
 
 
@@ -223,6 +225,23 @@ def test_many_who_do_not_come_back_keep_nobody_out(site: Site, issuer: Issuer, m
             leave(browser)
         assert len(site.home.services.records.find(Session, {"user_name": ""})) <= 5
         assert come_back(browser, issuer.approve(leave(browser))).headers["location"] == "/"
+
+
+def test_who_begins_again_and_again_drives_out_nobody_else(
+    site: Site, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can reach the server may begin: not even somebody's code for a terminal ends by that."""
+    monkeypatch.setattr(oidc_login, "MOST_PENDING", 5)
+    site.home.call("user.create", {"name": "tess"})
+    wanted = terminals.check_wanted("x" * 43, "laptop", "86400")
+    code = terminals.give_code(site.home.services, "tess", wanted)
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with site.browser() as browser, httpx.Client(base_url=site.url, transport=elsewhere, trust_env=False) as other:
+        place = leave(browser)
+        for _ in range(12):
+            leave(other)
+        assert come_back(browser, issuer.approve(place)).headers["location"] == "/"
+    assert site.home.services.records.get(Session, token_id(code)) is not None
 
 
 def test_an_issuer_that_is_away(site: Site, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:

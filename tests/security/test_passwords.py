@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from argon2 import PasswordHasher, extract_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,16 @@ def test_nobodys_password_is_hashed_and_never_right(monkeypatch: pytest.MonkeyPa
     assert not check_password("", "blue tractor on mars").result()
     assert not check_password("no hash", "x").result()
     assert [one[:31] for one in asked[:2]] == ["$argon2id$v=19$m=65536,t=3,p=1$"] * 2, "the same work as for somebody"
+
+
+def test_what_a_name_of_nobody_is_checked_against_costs_no_work_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the first wrong name since a start would be known by its taking twice as long."""
+    whole = hash_password("blue tractor on mars")
+    monkeypatch.setattr(PasswordHasher, "hash", None)
+    made = passwords._nobodys.__wrapped__()
+    assert extract_parameters(made) == extract_parameters(whole)
+    assert len(made) == len(whole)
+    assert made != passwords._nobodys.__wrapped__()
 
 
 @settings(max_examples=20, deadline=None)

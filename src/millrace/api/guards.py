@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from functools import partial
 from urllib.parse import urlencode, urlsplit
 
 from starlette.concurrency import run_in_threadpool
@@ -10,8 +13,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from millrace.api import sessions
+from millrace.api.mlflow.calls import refusal
 from millrace.api.problems import problem
-from millrace.control.authorisation import acting_as, authenticate, bearer
+from millrace.control.authorisation import acting_as, acting_principal, authenticate, bearer
 from millrace.control.services import Services
 from millrace.control.sign_in import authenticate_session
 from millrace.core.errors import MillraceError, UnauthenticatedError
@@ -22,6 +26,18 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login", "/login/oidc", "/login/callback", "/login/token"})
 OPEN_PREFIX = "/static/"  # the same bytes for everybody
+Asked = tuple[Principal | None, Session | None]
+_AGAIN: ContextVar[Callable[[], Awaitable[Asked]] | None] = ContextVar("millrace_again", default=None)
+
+
+async def is_still_let() -> bool:
+    """Whether who asked may go on listening: not revoked, expired, disabled, or given other roles meanwhile."""
+    again = _AGAIN.get()
+    try:
+        return again is None or (await again())[0] == acting_principal()
+    except MillraceError:
+        return False
+MLFLOW_PREFIXES = ("/api/2.0", "/api/3.0", "/ajax-api/")
 
 
 class HostGuard:
@@ -102,10 +118,14 @@ class Authenticated:
         except MillraceError as error:
             await problem(error)(scope, receive, send)
             return
-        with acting_as(principal), sessions.using(session):
-            await self._app(scope, receive, send)
+        before = _AGAIN.set(partial(self._principal, scope))
+        try:
+            with acting_as(principal), sessions.using(session):
+                await self._app(scope, receive, send)
+        finally:
+            _AGAIN.reset(before)
 
-    async def _principal(self, scope: Scope) -> tuple[Principal | None, Session | None]:
+    async def _principal(self, scope: Scope) -> Asked:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         if len(given) == 1 and (self._is_required or given[0][:7].lower() == "bearer "):
             return await run_in_threadpool(authenticate, self._services, bearer(given[0])), None
@@ -114,7 +134,8 @@ class Authenticated:
         request = Request(scope)
         secret = sessions.cookie(request, sessions.SESSION)
         if given or not secret:
-            raise UnauthenticatedError(f"this server wants one Authorization header, got {len(given)}")
+            got = f"{len(given)} Authorization headers" if given else "none"
+            raise UnauthenticatedError(f"this server asks who you are: want a token, got {got}")
         # What a page asks for by itself does not keep its session open.
         is_used = request.headers.get("sec-fetch-dest") != "empty" or scope["method"] not in SAFE_METHODS
         return await run_in_threadpool(authenticate_session, self._services, secret, is_used=is_used)
@@ -122,6 +143,8 @@ class Authenticated:
 
 def _refused(request: Request, error: UnauthenticatedError) -> Response:
     """A browser that asks for a page is led to where people sign in."""
+    if request.url.path.startswith(MLFLOW_PREFIXES):
+        return refusal(error)
     if "text/html" not in request.headers.get("accept", "") or "authorization" in request.headers:
         return problem(error)
     place = request.url.path + (f"?{request.url.query}" if request.url.query else "")

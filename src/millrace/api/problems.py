@@ -32,6 +32,7 @@ STATUSES: dict[str, int] = {
     "store.schema": 503,
 }
 RETRY_AFTER_S = 1
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="millrace"'}
 
 
 def status_of(error: MillraceError) -> int:
@@ -57,7 +58,7 @@ def problem(error: MillraceError) -> Response:
     }
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     if status == 401:
-        headers["WWW-Authenticate"] = 'Bearer realm="millrace"'
+        headers |= CHALLENGE
     content = msgspec.json.encode(body, enc_hook=str)
     return Response(content, status_code=status, media_type="application/problem+json", headers=headers)
 

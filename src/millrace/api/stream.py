@@ -11,11 +11,13 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from millrace.api.bodies import encode_json
+from millrace.api.guards import is_still_let
 from millrace.core.errors import CapacityError, MillraceError
 from millrace.core.operations import Operation
 
 MAX_STREAMS = 200  # each has a thread while it lasts
 PING_EVERY_S = 10.0
+AGAIN_S = 10.0  # who listens is asked for again who they are
 _QUEUED = 256
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -44,10 +46,15 @@ class Streams:
         return StreamingResponse(body, media_type="text/event-stream", headers=_HEADERS)
 
     async def _events(self, operation: Operation, relay: _Relay) -> AsyncIterator[bytes]:
-        quiet_s = 0.0
+        quiet_s, loop = 0.0, asyncio.get_running_loop()
+        asked_at = loop.time()
         try:
             yield b": open\n\n"
             while not self._is_stopping():
+                if loop.time() - asked_at >= AGAIN_S:
+                    asked_at = loop.time()
+                    if not await is_still_let():
+                        return  # a client comes again, and is told why not
                 try:
                     kind, item = await asyncio.wait_for(relay.queue.get(), 0.5)
                 except TimeoutError:

@@ -33,7 +33,15 @@ from millrace.control.loop import Loop
 from millrace.control.tokens import first_tokens
 from millrace.core import server_file
 from millrace.core.addresses import check_networks, is_loopback
-from millrace.core.errors import ConflictError, DeniedError, DiskFullError, InputError, MillraceError, UnavailableError
+from millrace.core.errors import (
+    ConflictError,
+    DeniedError,
+    DiskFullError,
+    InputError,
+    MillraceError,
+    UnavailableError,
+    from_dict,
+)
 from millrace.core.server_file import ServerFile
 from millrace.core.types import Struct
 from millrace.serve.hosting import HostConfig
@@ -301,7 +309,10 @@ def check_tls(config: UpConfig) -> None:
             "--tls-terminated-by-proxy NETWORK; or bind 127.0.0.1",
         )
     if config.proxies and config.tls_cert:
-        raise InputError("either this server ends TLS or its proxy does: want --tls-cert or --tls-terminated-by-proxy")
+        raise InputError(
+            "either this server ends TLS or its proxy does: want --tls-cert or --tls-terminated-by-proxy, got both",
+            hint="leave one of them out",
+        )
     if config.proxies and not config.names:
         raise InputError("which name do clients use, who come by the proxy?", hint="--name HOST")
     if config.wants_token and config.host in ("0.0.0.0", "::") and not config.names:
@@ -313,9 +324,10 @@ def check_tls(config: UpConfig) -> None:
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_cert, config.tls_key or None)
     except (OSError, ssl.SSLError) as error:
+        why = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else error.reason
         raise InputError(
-            f"the certificate {config.tls_cert} with the key {config.tls_key or 'in it'} cannot be used: {error}",
-            hint="want PEM files that belong together",
+            f"the certificate {config.tls_cert} with the key {config.tls_key or 'in it'} cannot be used: {why}",
+            hint="want PEM files that belong together: --tls-cert FILE --tls-key FILE",
         ) from None
 
 
@@ -391,8 +403,7 @@ def _once(work: Callable[[], None]) -> None:
         told = pipe.read()
     _, status = os.waitpid(pid, 0)
     if told:
-        described = json.loads(told)
-        raise UnavailableError(described["message"], hint=described["hint"])
+        raise from_dict(json.loads(told))
     if status:
         raise UnavailableError("the home could not be opened", hint="the lines above say why; see `millrace doctor`")
 

@@ -201,7 +201,7 @@ def search(session: Session, as_json: bool, **wanted: Any) -> None:
         else [one.seq, when(one.at), one.actor, one.verb, one.subject, "altered"]
         for one in found
     ]
-    extras.load(f"{RENDER}:print_table")(["EVENT", "AT", "ACTOR", "VERB", "SUBJECT", "OUTCOME"], rows)
+    extras.load(f"{RENDER}:print_table")(["EVENT", "WHEN", "ACTOR", "VERB", "SUBJECT", "OUTCOME"], rows)
     if len(found) == wanted["limit"]:
         click.echo(f"older ones: --before {found[-1].seq}")
 
@@ -254,7 +254,7 @@ def export_subject(session: Session, subject: str, as_json: bool) -> None:
     session.print_json(session.call(ops.EXPORT_SUBJECT.name, subject=subject))
 
 
-_erase = derive_command(ops.ERASE_SUBJECT, "erase")
+_erase = derive_command(ops.ERASE_SUBJECT, "erase", "render_erasure")
 _erase.help = """Erase what events say about SUBJECT, and give the user a pseudonym; the events verify afterwards.
 
 Without --apply it only says what would be done.

@@ -29,14 +29,35 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "user": ("list", "get", "disable_totp", "disable", "enable", "who_can"),
     "role": ("list", "create", "delete", "bindings", "grant", "revoke"),
 }
-_TABLES = {"approval": "render_rows", "approval_rule": "render_rows", "quota": "render_rows",
-           "key": "render_rows", "secret": "render_rows", "trusted_key": "render_rows", "user": "render_rows",
-           "role": "render_rows"}  # fmt: skip
+_TABLES = {"key": "render_rows", "trusted_key": "render_rows"}
 _RENDERERS = {
     ("token", "create"): "render_created_token",
+    ("token", "revoke"): "render_tokens",
     ("user", "get"): "render_value",
     ("user", "who_can"): "render_rows",
-    ("role", "bindings"): "render_rows",
+    ("user", "disable"): "render_users",
+    ("user", "enable"): "render_users",
+    ("user", "disable_totp"): "render_users",
+    ("role", "bindings"): "render_bindings",
+    ("role", "grant"): "render_bindings",
+    ("role", "revoke"): "render_bindings",
+    ("role", "create"): "render_roles",
+    ("role", "delete"): "render_roles",
+    ("approval", "approve"): "render_approvals",
+    ("approval", "refuse"): "render_approvals",
+    ("approval_rule", "set"): "render_approval_rules",
+    ("approval_rule", "delete"): "render_approval_rules",
+    ("quota", "set"): "render_quotas",
+    ("secret", "delete"): "render_secrets",
+}
+_EXAMPLES = {
+    ("token", "create"): ("gpu-1", "deploy-bot-1 --user deploy-bot --scope operator:digits --expires 720h"),
+    ("role", "create"): ("releaser --allow 'model.*,endpoint.deploy' --deny model.register",),
+    ("role", "grant"): ("ada developer --project digits", "group:ml-team viewer"),
+    ("role", "revoke"): ("ada developer --project digits",),
+    ("user", "who_can"): ("model.promote --project digits",),
+    ("quota", "set"): ("digits --storage 50GB --runs 4", "digits      # no bounds any more"),
+    ("secret", "delete"): ("DB_PASSWORD --in-project digits",),
 }
 _SUMMARIES = {
     "run": "Runs: what was executed, with every step.",
@@ -69,7 +90,7 @@ def groups() -> list[click.Group]:
 
 def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
     listing = OPERATIONS[f"{noun}.list"]
-    show = _TABLES.get(noun, f"render_{plural(noun)}")
+    show = _TABLES.get(noun, f"render_{plural(noun).replace('-', '_')}")
 
     def callback(as_json: bool, limit: int) -> None:
         context = click.get_current_context()
@@ -85,7 +106,7 @@ def _group(noun: str, verbs: tuple[str, ...]) -> click.Group:
     for verb in verbs:
         name = "show" if verb == "get" else verb.replace("_", "-")
         renderer = _RENDERERS.get((noun, verb), show if verb == "list" else f"render_{noun}" if verb == "get" else None)
-        group.add_command(derive_command(OPERATIONS[f"{noun}.{verb}"], name, renderer))
+        group.add_command(derive_command(OPERATIONS[f"{noun}.{verb}"], name, renderer, _EXAMPLES.get((noun, verb), ())))
     for command in _OWN_VERBS.get(noun, ()):
         group.add_command(command)
     return group

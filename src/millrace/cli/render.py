@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from millrace.core.units import format_duration, format_size
 from millrace.core.visible import visible
 
 _UNSHOWN = frozenset({"version"})
+_TIMES = frozenset({"WHEN", "SINCE", "CREATED", "CREATED AT", "EXPIRES", "LAST USED", "STARTED"})
 _STYLES = {"succeeded": "green", "ready": "green", "failed": "red", "open": "red", "running": "cyan"}
 
 
@@ -42,7 +44,7 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
     """A plain table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in _TIMES)
     for row in rows:
         table.add_row(*(Text(str(cell), style=_STYLES.get(str(cell), "")) for cell in row))
     console().print(table)
@@ -66,7 +68,12 @@ def render_value(value: Any) -> None:
 
 
 def _field(name: str, value: Any) -> str:
-    return when(value) if name.endswith("_at") and not isinstance(value, str) else _cell(value)
+    if isinstance(value, str | bool | list | tuple | dict | None):
+        return when(None) if value is None else _cell(value) or "-"
+    for ending, show in (("_at", when), ("_bytes", format_size), ("_s", format_duration)):
+        if name.endswith(ending) and name != "requests_per_s":
+            return show(value)
+    return _cell(value)
 
 
 def _cell(value: Any) -> str:
@@ -77,6 +84,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value[:8]) + (" …" if len(value) > 8 else "")
     return str(value)
+
+
+def render_erasure(answer: Any) -> None:
+    """What was, or would be, erased."""
+    render_value(answer)
+    if not answer.applied:
+        console().print("nothing was changed yet: --apply does it")
 
 
 def render_runs(runs: list[Any]) -> None:
@@ -193,19 +207,102 @@ def render_rows(values: list[Any]) -> None:
     print_table([name.replace("_", " ").upper() for name in header], cells)
 
 
-def render_tokens(tokens: list[Any]) -> None:
-    """A table of tokens."""
+def render_users(users: Any) -> None:
+    """Users, or one: how they sign in, what they may, since when, and whether they are refused."""
+    rows = [
+        [one.name, _signs_in(one), ", ".join(one.roles) or "none", ", ".join(one.groups) or "-",
+         "disabled" if one.disabled_at else when(one.created_at)]
+        for one in _several(users)
+    ]  # fmt: skip
+    print_table(["USER", "SIGNS IN WITH", "ROLES", "GROUPS", "SINCE"], rows)
+
+
+def _signs_in(user: Any) -> str:
+    if user.is_service:
+        return "tokens"
+    first = "a password" if user.has_password else "a provider" if user.external else "nothing yet"
+    return f"{first}, code" if user.has_totp else first
+
+
+def render_roles(roles: Any) -> None:
+    """Roles, or one."""
+    rows = [
+        [
+            one.name,
+            one.description or "-",
+            _cell([*one.allow, *(["reading"] if one.reads else [])]) or "-",
+            _cell(one.deny) or "-",
+        ]
+        for one in _several(roles)
+    ]
+    print_table(["ROLE", "WHAT FOR", "ALLOWS", "DENIES"], rows)
+
+
+def render_bindings(bindings: Any) -> None:
+    """Who has which role where."""
+    rows = [
+        [one.principal.removeprefix("user:"), one.role, "everywhere" if one.where == "*" else one.where,
+         when(one.created_at)]
+        for one in _several(bindings)
+    ]  # fmt: skip
+    print_table(["WHO", "ROLE", "PROJECT", "SINCE"], rows)
+
+
+def render_approvals(approvals: Any) -> None:
+    """Promotions that waited, or wait."""
+    rows = [
+        [one.id, f"{one.model}@{one.number} -> {one.alias}", one.asked_by, ", ".join(one.approved_by) or "-", one.state]
+        for one in _several(approvals)
+    ]
+    print_table(["APPROVAL", "PROMOTION", "ASKED BY", "AGREED", "STATE"], rows)
+
+
+def render_approval_rules(rules: Any) -> None:
+    """Which promotions want other people."""
+    rows = [[one.project, one.alias, one.needed, when(one.created_at)] for one in _several(rules)]
+    print_table(["PROJECT", "ALIAS", "OTHERS NEEDED", "SINCE"], rows)
+
+
+def render_quotas(quotas: Any) -> None:
+    """Bounds of projects."""
+    rows = [
+        [one.project, "-" if one.storage_bytes is None else format_size(one.storage_bytes), _number(one.runs),
+         _number(one.requests_per_s)]
+        for one in _several(quotas)
+    ]  # fmt: skip
+    print_table(["PROJECT", "STORAGE", "RUNS AT ONCE", "REQUESTS/S"], rows)
+
+
+def render_secrets(secrets: Any) -> None:
+    """Names of secrets, and when their values changed."""
+    print_table(["SECRET", "PROJECT", "CHANGED"], [[s.name, s.project, when(s.changed_at)] for s in _several(secrets)])
+
+
+def _several(answer: Any) -> list[Any]:
+    return answer if isinstance(answer, list) else [answer]
+
+
+def render_tokens(tokens: Any) -> None:
+    """A table of tokens, or of one."""
     rows = [
         [
             token.name,
             token.prefix + "…",
             " ".join(token.scopes),
-            "revoked" if token.revoked_at else "never" if token.expires_at is None else when(token.expires_at),
+            _token_ends(token),
             when(token.last_used_at),
         ]
-        for token in tokens
+        for token in _several(tokens)
     ]
     print_table(["TOKEN", "BEGINS WITH", "SCOPES", "EXPIRES", "LAST USED"], rows)
+
+
+def _token_ends(token: Any) -> str:
+    if token.revoked_at:
+        return "revoked"
+    if token.expires_at is None:
+        return "never"
+    return "expired" if token.expires_at < time.time() else when(token.expires_at)
 
 
 def render_created_token(created: Any) -> None:

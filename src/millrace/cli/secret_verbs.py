@@ -60,7 +60,7 @@ def rotate_secret(session: Session, name: str, in_project: str, path: Path | Non
 
     \b
     Example:
-      millrace secrets rotate DB_PASSWORD
+      millrace secrets rotate DB_PASSWORD --in-project digits
     """
     _keep(session, ops.ROTATE_SECRET.name, name, in_project, path, as_json=as_json)
 
@@ -82,7 +82,8 @@ def erase(session: Session, subject: str, as_json: bool) -> None:
 
 def _keep(session: Session, operation: str, name: str, in_project: str, path: Path | None, *, as_json: bool) -> None:
     session.as_json = as_json
-    print_answer(session, session.call(operation, name=name, in_project=in_project, value=read_value(path)), None)
+    answer = session.call(operation, name=name, in_project=in_project, value=read_value(path))
+    print_answer(session, answer, "render_secrets")
 
 
 SECRETS: tuple[click.Command, ...] = (set_secret, rotate_secret)

@@ -27,9 +27,9 @@ def read_password(what: str, *, is_new: bool = False) -> str:
 
 @click.command()
 @click.argument("name")
-@click.option("--email", default="", help="An address.")
-@click.option("--service", is_flag=True, help="A service account: no password, tokens alone.")
-@click.option("--no-password", is_flag=True, help="Signs in elsewhere.")
+@click.option("--email", default="", help="An e-mail address.")
+@click.option("--service", is_flag=True, help="A service account: no password, only tokens.")
+@click.option("--no-password", is_flag=True, help="No password yet: `users set-password` gives one.")
 @json_option
 @click.pass_obj
 def create(session: Session, name: str, email: str, service: bool, no_password: bool, as_json: bool) -> None:
@@ -43,7 +43,7 @@ def create(session: Session, name: str, email: str, service: bool, no_password: 
     session.as_json = as_json
     password = None if service or no_password else read_password("Password", is_new=True)
     answer = session.call(ops.CREATE_USER.name, name=name, email=email, service=service, password=password)
-    print_answer(session, answer, None)
+    print_answer(session, answer, "render_users")
 
 
 @click.command("set-password")
@@ -61,7 +61,7 @@ def set_password(session: Session, name: str, as_json: bool) -> None:
     answer = _with_own(
         session, ops.SET_PASSWORD.name, "current", name, password=read_password("New password", is_new=True)
     )
-    print_answer(session, answer, None)
+    print_answer(session, answer, "render_users")
 
 
 @click.command("enable-totp")
@@ -80,7 +80,7 @@ def enable_totp(session: Session, name: str, as_json: bool) -> None:
     click.echo(f"secret {made.secret}\n{made.uri}\nput it into an app, then type the code that it shows", err=True)
     code = click.prompt("Code", err=True) if sys.stdin.isatty() else sys.stdin.readline().strip()
     answer = _with_own(session, ops.ENABLE_TOTP.name, "password", name, secret=made.secret, code=code)
-    print_answer(session, answer, None)
+    print_answer(session, answer, "render_users")
 
 
 def _with_own(session: Session, operation: str, field: str, name: str, **values: Any) -> Any:

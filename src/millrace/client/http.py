@@ -166,9 +166,14 @@ class reaching:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, httpx.TransportError):
             raise UnavailableError(
-                f"the server {self._url} cannot be reached: {error or type(error).__name__}",
-                hint="is it running? `millrace up` starts one; unset MILLRACE_URL to work without",
+                f"the server {self._url} cannot be reached: {error or type(error).__name__}", hint=_way_on(error)
             ) from error
+
+
+def _way_on(error: Exception) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "if that is your server: name the certificate of its authority, MILLRACE_CA_FILE=cert.pem"
+    return "is it running? `millrace up` starts one; unset MILLRACE_URL to work without"
 
 
 def _trusting(ca_file: str) -> ssl.SSLContext | bool:

@@ -98,7 +98,10 @@ def delete_rule(services: Services, body: ops.RuleRequest) -> ApprovalRule:
     with services.records.transaction() as transaction:
         rule = transaction.get(ApprovalRule, f"{body.in_project}/{body.alias}")
         if rule is None:
-            raise NotFoundError(f"no rule guards {body.alias!r} in the project {body.in_project!r}")
+            raise NotFoundError(
+                f"no rule guards {body.alias!r} in the project {body.in_project!r}",
+                hint="`millrace approval-rules` lists them",
+            )
         transaction.delete(ApprovalRule, rule.id)
     return rule
 

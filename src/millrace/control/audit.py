@@ -25,6 +25,7 @@ from millrace.store.records_sql import SqlRecords
 DAY_S = 86_400.0
 ERASE_AT_ONCE = 20_000  # details in one transaction
 MOST_FOUND = 10_000
+MOST_NUMBER = (1 << 63) - 1  # of an event: what the records can be asked for
 
 
 @handles(ops.VERIFY)
@@ -38,14 +39,16 @@ def prove(services: Services, body: ops.ProveRequest) -> ops.AuditProof:
     """A few hashes that lead from an event to a signed head; where none reaches it, one is signed now."""
     records = ledger(services)
     records.seal()
-    row = next((row for rows in audit_sql.rows(records, body.event - 1, body.event) for row in rows), None)
+    number = min(max(body.event, 0), MOST_NUMBER)
+    row = next((row for rows in audit_sql.rows(records, number - 1, number) for row in rows), None)
     if row is None:
         raise NotFoundError(f"there is no event {body.event}", hint="`millrace system audit search` shows numbers")
     head = next((one for one in stored_heads(records) if one.size >= max(body.event, body.since or 0)), None)
     if head is None:
         signed = sign_now(services)
         head = as_signed(signed) if signed else None
-    if head is None or head.size < body.event or not 0 < (body.since or 1) <= head.size:
+    since = 1 if body.since is None else body.since
+    if head is None or head.size < body.event or not 0 < since <= head.size:
         raise InputError(f"want a number of events up to {head.size if head else 0}, got {body.since}")
     path = _subtrees(records, head.size, merkle.inclusion_ranges(body.event - 1, head.size))
     grown = [] if body.since is None else merkle.consistency_ranges(body.since, head.size)
@@ -129,7 +132,8 @@ def search(services: Services, body: ops.SearchRequest) -> list[ops.AuditEvent]:
     if not services.is_used:
         return []
     limit = max(0, min(body.limit, MOST_FOUND))
-    return [_shown(row) for row in audit_sql.search(ledger(services), _filter(services, body), body.before, limit)]
+    before = None if body.before is None else min(body.before, MOST_NUMBER)
+    return [_shown(row) for row in audit_sql.search(ledger(services), _filter(services, body), before, limit)]
 
 
 @handles(ops.EXPORT)
@@ -138,7 +142,7 @@ def export(services: Services, body: ops.ExportRequest) -> Iterator[ops.ExportLi
     records = ledger(services)
     records.seal()
     wanted = _filter(services, body)
-    return _lines(records, wanted, body.after)
+    return _lines(records, wanted, min(body.after, MOST_NUMBER))
 
 
 def _lines(records: SqlRecords, wanted: EventFilter, after: int) -> Iterator[ops.ExportLine]:

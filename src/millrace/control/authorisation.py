@@ -81,7 +81,8 @@ def authenticate(services: Services, secret: str) -> Principal:
     if token.user_name:
         user = services.records.get(User, token.user_name)
         return user_principal(services, user, token=token.name, within=within or None)
-    return Principal(id=f"token:{token.name}", grants=within, work_id=token.work_id, custom=custom_roles(services))
+    id = f"{token.made_by}/token:{token.name}" if token.made_by else f"token:{token.name}"
+    return Principal(id=id, grants=within, work_id=token.work_id, custom=custom_roles(services))
 
 
 def user_principal(
@@ -110,10 +111,11 @@ def user_principal(
     )  # fmt: skip
 
 
-def is_over_others(principal: Principal, operation: Operation) -> bool:
-    """Whether it may do this to others, not to itself alone."""
+def is_over_others(principal: Principal, operation: Operation, *, everywhere: bool = False) -> bool:
+    """Whether it may do this to others, not to itself alone: in some project, or everywhere."""
     others = msgspec.structs.replace(principal, grants=tuple(grant for grant in principal.grants if grant.role != SELF))
-    return bool(others.where(operation.name, operation.is_write))
+    where = others.where(operation.name, operation.is_write)
+    return where == {EVERYWHERE} if everywhere else bool(where)
 
 
 def custom_roles(services: Services) -> tuple[tuple[str, RoleRule], ...]:
@@ -142,7 +144,7 @@ def authorise(services: Services, principal: Principal, operation: Operation, re
         roles = ", ".join(sorted({grant.role for grant in principal.within or principal.grants})) or "no role"
         raise DeniedError(
             f"{principal.id} may not {operation.name} in any project, as {roles}",
-            hint="ask an owner for the role that allows it: `millrace users who-can OPERATION` shows who has it",
+            hint=f"ask an owner for a role that allows it: `millrace users who-can {operation.name}` tells them which",
         )
     if principal.work_id is not None:
         _authorise_work(services, principal.work_id, operation, request)

@@ -15,7 +15,7 @@ from millrace.control.approvals import ask
 from millrace.control.moves import move_alias
 from millrace.control.numbering import next_number, project_of_model
 from millrace.control.services import Services
-from millrace.core.errors import ConflictError
+from millrace.core.errors import ConflictError, UntrustedError
 from millrace.core.facts import RegisterFacts
 from millrace.core.ids import new_id
 from millrace.core.ports import Transaction
@@ -61,11 +61,17 @@ def prepare_register(
     ):
         base = {name: value for name, value in earlier.key_parts.items() if name != "champion"}
         made = earlier.outputs.get("bundle")
-        if base == own and made is not None and (made.digest == digest or earlier.key_parts.get("champion") == digest):
+        if base != own or made is None or (made.digest != digest and earlier.key_parts.get("champion") != digest):
+            continue
+        if _refusal(services, made, earlier.outputs.get("signature")) is None:  # else it is made and signed anew
             return Preparation(reuse=earlier)
-    if champion is not None:  # the step opens and runs it
-        signature = services.blobs.read(champion.signature.digest) if champion.signature else b""
-        services.signer.verify(champion.bundle.digest, signature)
+    refusal = _refusal(services, champion.bundle, champion.signature) if champion else None
+    if refusal is not None:  # the step would open and run it
+        raise UntrustedError(
+            refusal.message,
+            hint=f"register beside it, uncompared: `millrace run --set register.alias=next`, then `millrace models "
+            f"promote {model}@next`",
+        )
     inputs = {"champion.bundle": champion.bundle} if champion else {}
     lineage = {
         "dataset": steps["data"].outputs["dataset"].digest,
@@ -85,6 +91,15 @@ def prepare_register(
         "data": {key: steps["data"].facts.get(key) for key in ("rows_kept", "split", "task", "label", "image")},
     }
     return Preparation(inputs=inputs, params=params, parts={"model": model, "champion": digest})
+
+
+def _refusal(services: Services, bundle: Artifact, signature: Artifact | None) -> UntrustedError | None:
+    """Why no key that counts has signed a bundle; None where one has."""
+    try:
+        services.signer.verify(bundle.digest, services.blobs.read(signature.digest) if signature else b"")
+    except UntrustedError as error:
+        return error
+    return None
 
 
 def _looks(services: Services, dataset: str) -> int:
@@ -124,8 +139,12 @@ def commit_model(services: Services, transaction: Transaction, run: Run, spec: S
         number = next_number(transaction, facts.model, services.clock.now(), run.project)
         version = _new_version(services, run, step, facts, number)
         transaction.put(version, expect_version=0)
-    elif verdict in ("promoted", "kept", "undecided"):
-        verdict = "same"
+    else:
+        verdict = "same" if verdict in ("promoted", "kept", "undecided") else verdict
+        if _refusal(services, bundle, version.signature) is not None:  # this run has made the same bytes
+            version = transaction.put(
+                msgspec.structs.replace(version, signature=_sign(services, bundle)), version.version
+            )
     assert version.signature is not None
     gate = msgspec.structs.replace(facts.gate, verdict=verdict)
     promoted = verdict in ("first", "promoted")
@@ -148,13 +167,16 @@ def commit_model(services: Services, transaction: Transaction, run: Run, spec: S
 
 def _new_version(services: Services, run: Run, step: Step, facts: RegisterFacts, number: int) -> ModelVersion:
     bundle = step.outputs["bundle"]
-    signature = services.blobs.put(services.signer.sign(bundle.digest), media_type="application/json")
     return ModelVersion(
         id=new_id(), project=run.project, created_at=services.clock.now(), name=facts.model, number=number,
-        bundle=bundle,
-        signature=signature, measurements=step.outputs.get("measurements"), card=step.outputs.get("card"),
+        bundle=bundle, signature=_sign(services, bundle),
+        measurements=step.outputs.get("measurements"), card=step.outputs.get("card"),
         chosen_variant=facts.variant, run_id=run.id, facts=step.facts,
     )  # fmt: skip
+
+
+def _sign(services: Services, bundle: Artifact) -> Artifact:
+    return services.blobs.put(services.signer.sign(bundle.digest), media_type="application/json")
 
 
 def commit_endpoint(services: Services, transaction: Transaction, run: Run, spec: Spec, step: Step) -> Step:

@@ -176,7 +176,7 @@ class Dispatcher:
             raise self._told(error) from None
         except Exception as error:
             raise self._internal(operation, error) from error
-        self._audit(operation, request, "ok")
+        self._audit(operation, request, "ok", answer)
         return answer
 
     def _internal(self, operation: Operation, error: Exception) -> MillraceError:
@@ -190,12 +190,12 @@ class Dispatcher:
             return MillraceError(text, hint="its owner finds the reason in the server's log")
         return MillraceError(f"{text}: {error}", details={"log": str(path)})
 
-    def _audit(self, operation: Operation, request: Any, outcome: str) -> None:
+    def _audit(self, operation: Operation, request: Any, outcome: str, answer: Any = None) -> None:
         detail = msgspec.to_builtins(request)
         for name in operation.hidden_fields:
             if detail.get(name) is not None:
                 detail[name] = "…"
-        self._record(operation, operation.subject(request), detail, outcome)
+        self._record(operation, operation.subject(request, answer), detail, outcome)
 
     def _record(self, operation: Operation, subject: str, detail: Any, outcome: str) -> None:
         """Writes and denials are events; reads are not."""

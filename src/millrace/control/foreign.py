@@ -36,6 +36,7 @@ from millrace.stats.drift import build_reference
 
 GOLDEN_ROWS = 16
 TRIAL_S = 60.0  # for a few rows, of a graph that may turn in a loop for ever
+WHOLE_S = 600.0  # for all of them: some row may be what it turns for ever on
 HEAD_BYTES = 512
 UNKNOWN_DIMENSION = 1
 
@@ -180,7 +181,7 @@ def register_foreign(services: Services, body: ops.RegisterRequest) -> ops.Model
     golden = {key: value[:GOLDEN_ROWS] for key, value in tensors.items()}
     answers = session.run(golden, limit_s=TRIAL_S)
     if body.data is not None:
-        reference = build_reference(tensors, session.run(tensors), signature)
+        reference = build_reference(tensors, session.run(tensors, limit_s=WHOLE_S), signature)
     services.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=services.home) as folder:
         model = Path(folder) / "model.onnx"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from millrace.control.authorisation import acting_principal, custom_roles
+from millrace.control.authorisation import acting_principal, custom_roles, work_scope
 from millrace.control.services import Services
 from millrace.core.errors import ConflictError, DeniedError, NotFoundError
 from millrace.core.operations.table import OPERATIONS
@@ -49,23 +49,38 @@ def check_may_grant(services: Services, grants: Iterable[Grant]) -> None:
         DeniedError: One allows, in its place, what they may not do there; or denies something, and they may not
             do everything everywhere.
     """
+    for grant in grants if acting_principal() is not None else ():
+        check_may_give(grant, rule_of(services, grant.role))
+
+
+def check_may_give(grant: Grant, rule: RoleRule) -> None:
+    """Refuse to give, take or make a role with this rule, for what `check_may_grant` says."""
     principal = acting_principal()
     if principal is None:
         return  # whoever runs this process could change the records as well
-    for grant in grants:
-        rule = rule_of(services, grant.role)
-        if rule.deny and grant.role not in ROLES:
-            lacks = not is_everything(principal)
-        else:
-            lacks = any(
-                allows(rule, one.name) and not _reaches(principal.where(one.name, one.is_write), grant.where)
-                for one in OPERATIONS.values()
-            )
-        if lacks:
-            raise DeniedError(
-                f"{principal.id} may not do all that {grant.role} allows {_place(grant.where)}: cannot give or take it",
-                hint="ask an owner",
-            )
+    if rule.deny and grant.role not in ROLES:
+        lacks = not is_everything(principal)
+    else:
+        lacks = any(
+            allows(rule, one.name) and not _reaches(principal.where(one.name, one.is_write), grant.where)
+            for one in OPERATIONS.values()
+        )
+    if lacks:
+        raise DeniedError(
+            f"{principal.id} may not do all that {grant.role} allows {_place(grant.where)}: cannot give or take it",
+            hint="ask an owner",
+        )
+
+
+def check_everywhere(what: str) -> None:
+    """Users and roles are of all projects.
+
+    Raises:
+        DeniedError: Who asks may do that in some projects only.
+    """
+    where = work_scope()
+    if where is not None and where != {EVERYWHERE}:
+        raise DeniedError(f"only who may work in all projects may {what}")
 
 
 def _reaches(where: frozenset[str], place: str) -> bool:

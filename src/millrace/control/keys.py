@@ -45,7 +45,7 @@ def open_keyring(home: Path, source: str, records: Records) -> Keyring:
 
 def keyring_of(services: Services) -> Keyring:
     """The keyring of the home."""
-    return open_keyring(services.home, services.setting("encryption_key"), services.records)
+    return open_keyring(services.home, services.setting("encryption_key"), services.all_records)
 
 
 def protect(inner: Blobs, records: Records, home: Path, source: str) -> Blobs:
@@ -123,7 +123,7 @@ def drop_key(services: Services, body: NameRequest) -> ops.KeyView:
         raise NotFoundError(f"there is no key {body.name[:40]!r}", hint="`millrace keys` lists them")
     with services.records.transaction() as transaction:
         blobs = len(transaction.find(DataKey, {"kek": body.name}))
-        secrets = sum(_kek_of(one) == body.name for one in transaction.find(Secret))
+        secrets = sum(kek_of(one) == body.name for one in transaction.find(Secret))
         if blobs or secrets:
             raise ConflictError(
                 f"{body.name} still opens {blobs} blobs and {secrets} secrets",
@@ -150,10 +150,10 @@ def erase_data(services: Services, body: ops.EraseRequest) -> ops.Erased:
 def erase_subject_data(services: Services, subject: str) -> ops.Erased:
     """Keys, ciphertext, plain copies and working folders of somebody's data."""
     blobs = services.blobs
-    keys = [one for one in services.records.find(DataKey, {"data_subject": subject}) if one.wrapped]
-    if not isinstance(blobs, EncryptedBlobs) or not keys:
+    if not isinstance(blobs, EncryptedBlobs):
         return ops.Erased(blobs=0, size_bytes=0, folders=0)
-    digests = {key.id for key in keys}
+    keys = services.records.find(DataKey, {"data_subject": subject})
+    digests = {key.id for key in (*keys, *services.records.find(DataKey, {"kek": ""}))}  # or erased on another host
     folders = list(_folders_with(services, blobs, digests))  # found by listings, which may be erased as well
     count, size = blobs.erase(digests)
     for folder in folders:
@@ -207,7 +207,7 @@ def _is_encrypting(services: Services) -> bool:
 def _views(services: Services) -> list[ops.KeyView]:
     ring, records = keyring_of(services), services.records
     current, source = ring.current, services.setting("encryption_key").partition(":")[0] or "home"
-    sealed = [_kek_of(secret) for secret in records.find(Secret)]
+    sealed = [kek_of(secret) for secret in records.find(Secret)]
     return [
         ops.KeyView(
             id=one.id, is_current=one.id == current, created_at=one.created_at, source=source,
@@ -221,9 +221,11 @@ def _rewrap_blobs(records: Records, ring: Keyring, old: list[str]) -> int:
     count = 0
     while old:
         found = records.find(DataKey, {"kek": old}, limit=BATCH)
-        if not found:
-            break
         with records.transaction() as transaction:
+            # None is asked again in here, when whoever took the old key before there was a new one has written.
+            found = found or transaction.find(DataKey, {"kek": old})
+            if not found:
+                break
             for key in found:
                 present = transaction.get(DataKey, key.id)
                 if present is None or present.kek not in old:
@@ -239,7 +241,7 @@ def _rewrap_secrets(records: Records, ring: Keyring, current: str) -> int:
     count = 0
     with records.transaction() as transaction:
         for secret in transaction.find(Secret):
-            if _kek_of(secret) == current:
+            if kek_of(secret) == current:
                 continue
             context = secret_context(secret)
             sealed = ring.seal(ring.unseal(secret.sealed, context), context)
@@ -253,7 +255,8 @@ def secret_context(secret: Secret) -> str:
     return f"secret {secret.id} {secret.number}"
 
 
-def _kek_of(secret: Secret) -> str:
+def kek_of(secret: Secret) -> str:
+    """Which key of keys a secret is sealed by."""
     return secret.sealed.partition(":")[0]
 
 

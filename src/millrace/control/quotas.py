@@ -76,15 +76,17 @@ def check_storage(services: Services, project: str, size_bytes: int = 0) -> None
     if quota is None or quota.storage_bytes is None:
         return
     used = storage_of(services, project)
-    if used + size_bytes > quota.storage_bytes:
+    with _lock:  # what is added within the next seconds counts before the records are counted again
+        at, used = _used.get((str(services.home), project), (time.monotonic(), used))
+        fits = used + size_bytes <= quota.storage_bytes
+        if fits:
+            _used[str(services.home), project] = (at, used + size_bytes)
+    if not fits:
         raise QuotaError(
             f"the project {project!r} may store {format_size(quota.storage_bytes)} and has {format_size(used)}; "
             f"{format_size(size_bytes)} more do not fit",
             hint="delete runs or versions, then `millrace system gc --apply`",
         )
-    with _lock:  # what is added within the next seconds counts before the records are counted again
-        at, known = _used.get((str(services.home), project), (time.monotonic(), used))
-        _used[str(services.home), project] = (at, known + size_bytes)
 
 
 def storage_of(services: Services, project: str) -> int:
@@ -106,5 +108,7 @@ def storage_of(services: Services, project: str) -> int:
         sizes[version.bundle.digest] = version.bundle.size_bytes
     found = sum(sizes.values())
     with _lock:
-        _used[key] = (now, found)
-    return found
+        at, known = _used.get(key, (-KNOWN_S, 0))
+        if now - at >= KNOWN_S:  # else another one has counted meanwhile, and others have added to that
+            _used[key] = at, known = now, found
+    return known

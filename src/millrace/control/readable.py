@@ -98,7 +98,10 @@ def check_sources(services: Services, data: Data | None, project_dir: Path) -> N
 def _is_owner() -> bool:
     """Whether whoever asks may name everything on this machine."""
     principal = acting_principal()
-    return principal is None or Grant(role=OWNER, where=EVERYWHERE) in principal.grants
+    owner = Grant(role=OWNER, where=EVERYWHERE)
+    if principal is None:
+        return True
+    return owner in principal.grants and (principal.within is None or owner in principal.within)
 
 
 def _sender(principal: str) -> str:

@@ -6,7 +6,15 @@ import re
 
 from millrace.control.authorisation import SELF, custom_roles, work_scope
 from millrace.control.dispatch import handles
-from millrace.control.granting import OwnerKept, allows, check_may_grant, grants_of, rule_of
+from millrace.control.granting import (
+    OwnerKept,
+    allows,
+    check_everywhere,
+    check_may_give,
+    check_may_grant,
+    grants_of,
+    rule_of,
+)
 from millrace.control.services import Services
 from millrace.control.users import scope
 from millrace.core.errors import ConflictError, DeniedError, InputError, NotFoundError
@@ -14,6 +22,7 @@ from millrace.core.operations import Page
 from millrace.core.operations import users as ops
 from millrace.core.operations.live import NameRequest
 from millrace.core.operations.table import OPERATIONS
+from millrace.core.ports import Transaction
 from millrace.core.principals import (
     EVERYWHERE,
     ROLES,
@@ -51,7 +60,7 @@ def _role_view(name: str, rule: RoleRule) -> ops.RoleView:
 @handles(ops.CREATE_ROLE)
 def create_role(services: Services, body: ops.RoleCreate) -> ops.RoleView:
     """Of patterns that name an operation there is; whoever makes it may do all of it everywhere."""
-    _check_everywhere("make a role")
+    check_everywhere("make a role")
     if not NAME.fullmatch(body.name) or body.name in (*ROLES, SELF):
         raise InputError(
             f"a role's name has a-z, 0-9, _ and -, and is none of {', '.join((*ROLES, SELF))}; got {body.name[:80]!r}"
@@ -59,14 +68,29 @@ def create_role(services: Services, body: ops.RoleCreate) -> ops.RoleView:
     allow, deny = _patterns(body.allow), _patterns(body.deny)
     if not allow and not deny:
         raise InputError("a role allows or denies something", hint="--allow 'model.*'")
-    role = Role(
-        id=body.name, created_at=services.clock.now(), allow=allow, deny=deny, description=body.description[:1000]
-    )
+    rule = RoleRule(description=body.description[:1000], allow=allow, deny=deny)
+    check_may_give(Grant(role=body.name), rule)
+    role = Role(id=body.name, created_at=services.clock.now(), allow=allow, deny=deny, description=rule.description)
     with services.records.transaction() as transaction:
         if transaction.get(Role, role.id) is not None:
             raise ConflictError(f"there is a role {role.id!r} already", hint="delete it first, or take another name")
+        _check_unused(transaction, role.id)
         transaction.put(role, expect_version=0)
-    return _role_view(role.id, RoleRule(description=role.description, allow=allow, deny=deny))
+    return _role_view(role.id, rule)
+
+
+def _check_unused(transaction: Transaction, name: str) -> None:
+    """Tokens keep the name of a role that was deleted: another rule of that name would be theirs.
+
+    Raises:
+        ConflictError: One lives that has it.
+    """
+    for token in transaction.find(Token):
+        if token.revoked_at is None and name in (Grant.parse(scope).role for scope in token.scopes):
+            raise ConflictError(
+                f"the token {token.name!r} has the scope {name!r} of a role that was deleted",
+                hint=f"take another name, or first `millrace tokens revoke {token.name}`",
+            )
 
 
 def _patterns(text: str) -> tuple[str, ...]:
@@ -83,7 +107,7 @@ def _patterns(text: str) -> tuple[str, ...]:
 @handles(ops.DELETE_ROLE)
 def delete_role(services: Services, body: NameRequest) -> ops.RoleView:
     """With its bindings; tokens whose scope it is may do less."""
-    _check_everywhere("delete a role")
+    check_everywhere("delete a role")
     if body.name in ROLES:
         raise InputError(f"{body.name} is built in")
     rule = rule_of(services, body.name)
@@ -95,13 +119,6 @@ def delete_role(services: Services, body: NameRequest) -> ops.RoleView:
         transaction.delete(Role, body.name)
         kept.check()
     return _role_view(body.name, rule)
-
-
-def _check_everywhere(what: str) -> None:
-    """Roles are of all projects."""
-    where = work_scope()
-    if where is not None and where != {EVERYWHERE}:
-        raise DeniedError(f"only who may work in all projects may {what}")
 
 
 @handles(ops.LIST_BINDINGS)
@@ -121,8 +138,8 @@ def list_bindings(services: Services, body: ops.BindingList) -> list[RoleBinding
 @handles(ops.GRANT_ROLE)
 def grant_role(services: Services, body: ops.GrantRequest) -> RoleBinding:
     """Given twice is given once."""
-    binding = _binding(services, body)
     with services.records.transaction() as transaction:
+        binding = _binding(services, body)  # in here, so that the role is deleted or changed before or after
         kept = OwnerKept(services, transaction)
         if binding.principal.startswith("user:") and transaction.get(User, binding.principal[5:]) is None:
             raise NotFoundError(f"there is no user {body.who[:80]!r}", hint="`millrace users` lists them")
@@ -137,8 +154,8 @@ def grant_role(services: Services, body: ops.GrantRequest) -> RoleBinding:
 @handles(ops.REVOKE_ROLE)
 def revoke_role(services: Services, body: ops.GrantRequest) -> RoleBinding:
     """From the next request on."""
-    binding = _binding(services, body)
     with services.records.transaction() as transaction:
+        binding = _binding(services, body)  # in here, so that the role is deleted or changed before or after
         kept = OwnerKept(services, transaction)
         if not transaction.delete(RoleBinding, binding.id):
             raise NotFoundError(

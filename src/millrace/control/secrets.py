@@ -12,12 +12,14 @@ from collections.abc import Iterable
 import msgspec
 
 from millrace.control.dispatch import handles
-from millrace.control.keys import keyring_of, secret_context
+from millrace.control.keys import kek_of, keyring_of, secret_context
 from millrace.control.services import Services
 from millrace.core.errors import InputError, MillraceError, NotFoundError
 from millrace.core.operations import secrets as ops
+from millrace.core.ports import Records
 from millrace.core.spec import Spec
 from millrace.core.types import Secret
+from millrace.security.keyring import Keyring
 
 SHORTEST, LARGEST = 6, 16 << 10  # characters, bytes: shorter ones could not be told from other text in a log
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -134,6 +136,7 @@ def _keep(services: Services, body: ops.SecretSet, *, must_exist: bool) -> ops.S
         old = transaction.get(Secret, id)
         if old is None and must_exist:
             raise _missing(body.name, body.in_project)
+        _check_keys(ring, services.all_records)
         new = Secret(
             id=id, project=body.in_project, name=body.name, sealed="", changed_at=now,
             number=max(int(now), old.number + 1 if old else 1), created_at=old.created_at if old else now,
@@ -141,6 +144,22 @@ def _keep(services: Services, body: ops.SecretSet, *, must_exist: bool) -> ops.S
         new = msgspec.structs.replace(new, sealed=ring.seal(body.value.encode(), secret_context(new)))
         transaction.put(new, old.version if old else 0)
     return _view(new)
+
+
+def _check_keys(ring: Keyring, records: Records) -> None:
+    """Refuse to seal by a key of one's own what other hosts on these records, who have another, could not open.
+
+    Raises:
+        NotFoundError: Something is sealed by a key that is not here.
+    """
+    for kek in {kek_of(secret) for secret in records.find(Secret)}:
+        try:
+            ring.check_has(kek)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"nothing is kept: secrets here are sealed by {kek}, which is not among the keys of this home",
+                hint="let encryption_key name the same keys on every host; `millrace secrets delete` what no key opens",
+            ) from error
 
 
 def _check(body: ops.SecretSet) -> None:

@@ -98,6 +98,11 @@ class Services:
         return records if self._where is None else ScopedRecords(records, self._where)
 
     @property
+    def all_records(self) -> Records:
+        """Those of every project: to decide what is of the whole home, such as its keys; never to show them."""
+        return self._get("records")
+
+    @property
     def blobs(self) -> Blobs:
         """The blob store."""
         return self._get("blobs")

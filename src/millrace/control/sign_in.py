@@ -47,13 +47,13 @@ def pause_s(failures: int) -> float:
 
 def begin(services: Services, name: str) -> Attempt:
     """Count the attempt before the password is looked at: many at once are no way round the back-off."""
-    now = services.clock.now()
     with services.records.transaction() as transaction:
-        user = transaction.get(User, name)
+        user, now = transaction.get(User, name), services.clock.now()  # the time after waiting for others
         if user is None or user.disabled_at is not None or now < user.not_before:
             return Attempt(name=name)
         failures = user.failures + 1
-        counted = msgspec.structs.replace(user, failures=failures, not_before=now + pause_s(failures))
+        pause = pause_s(failures)  # none is no moment either: the clock of another host may be behind
+        counted = msgspec.structs.replace(user, failures=failures, not_before=now + pause if pause else 0.0)
         transaction.put(counted, user.version)
     return Attempt(name=name, stored=user.password)
 

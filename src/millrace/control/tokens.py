@@ -12,7 +12,7 @@ import msgspec
 
 from millrace.control.authorisation import acting_principal, custom_roles, is_over_others, shown
 from millrace.control.dispatch import handles
-from millrace.control.granting import check_may_grant, check_stands_above
+from millrace.control.granting import check_may_grant, check_stands_above, is_everything
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.errors import ConflictError, DeniedError, InputError, NotFoundError
@@ -47,11 +47,13 @@ def create_token(services: Services, body: ops.TokenCreate) -> ops.CreatedToken:
     if not (0 < len(body.name) <= MAX_NAME and body.name.isprintable() and "/" not in body.name):
         raise InputError(f"a token's name has 1 to {MAX_NAME} printable characters and no slash, got {body.name!r}")
     lives_s = None if body.expires is None else parse_duration(body.expires)
-    scopes = check_scopes(body.scope.split(","), [name for name, _ in custom_roles(services)])
-    check_may_grant(services, map(Grant.parse, scopes))
-    user_name = _acts_for(services, body.user)
-    with services.records.transaction() as transaction:
-        return add_token(services, transaction, body.name, scopes, user_name=user_name, lives_s=lives_s)
+    with services.records.transaction() as transaction:  # in which roles are what they were when they are looked at
+        scopes = check_scopes(body.scope.split(","), [name for name, _ in custom_roles(services)])
+        check_may_grant(services, map(Grant.parse, scopes))
+        user_name = _acts_for(services, body.user)
+        made = add_token(services, transaction, body.name, scopes, user_name=user_name, lives_s=lives_s)
+        token = msgspec.structs.replace(made.token, made_by="" if user_name else _maker())
+        return ops.CreatedToken(secret=made.secret, token=transaction.put(token, made.token.version))
 
 
 def add_token(
@@ -93,6 +95,12 @@ def _own_name() -> str:
     return name if kind == "user" else ""
 
 
+def _maker() -> str:
+    """Whose hands a token of nobody's is in: of who may make tokens, but no second person; an owner gives them away."""
+    principal = acting_principal()
+    return "" if principal is None or is_everything(principal) else principal.id.partition("/")[0]
+
+
 def _acts_for(services: Services, service_account: str | None) -> str:
     """Whom a new token acts for: its maker, or a service account that the maker may have made.
 
@@ -103,7 +111,7 @@ def _acts_for(services: Services, service_account: str | None) -> str:
     if service_account is None:
         return _own_name()
     principal = acting_principal()
-    if principal is not None and not is_over_others(principal, OPERATIONS["user.create"]):
+    if principal is not None and not is_over_others(principal, OPERATIONS["user.create"], everywhere=True):
         raise DeniedError(f"{principal.id} may make tokens for themselves alone")
     user = services.records.get(User, service_account)
     if user is None or not user.is_service:
@@ -179,7 +187,10 @@ def _given_password(services: Services) -> str:
         password = Path(name).read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"owner_password_file: {name} cannot be read: {error}") from None
-    extras.load("millrace.security.passwords:check_new_password")(password, (FIRST_OWNER,))
+    try:
+        extras.load("millrace.security.passwords:check_new_password")(password, (FIRST_OWNER,))
+    except InputError as error:
+        raise InputError(f"owner_password_file: {name}: {error.message}", hint=error.hint) from None
     return extras.load("millrace.security.passwords:hash_password")(password)
 
 

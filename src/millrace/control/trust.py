@@ -35,7 +35,10 @@ def publish_key(records: Records, clock: Clock, home: str, key_id: str, pem: byt
         (b'PEM', None)
     """
     if records.get(TrustedKey, key_id) is None:
-        records.put(TrustedKey(id=key_id, created_at=clock.now(), pem=pem.decode(), home=home))
+        with records.transaction() as transaction:  # where it may be known by now, or revoked
+            if transaction.get(TrustedKey, key_id) is None:
+                key = TrustedKey(id=key_id, created_at=clock.now(), pem=pem.decode(), home=home)
+                transaction.put(key, expect_version=0)
 
 
 def published_key(records: Records, key_id: str) -> bytes | None:

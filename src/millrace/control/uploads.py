@@ -20,6 +20,7 @@ from millrace.store.blob_abilities import MAX_PRESIGNED_BYTES, SupportsPresign
 CHUNK_BYTES = 1 << 20
 BLOB, TREE = "blob:", "tree:"
 PRESIGNED_S = 3600.0
+MAX_NAME_BYTES = 255  # of one file, as file systems have it
 
 
 @handles(ops.PUT_BLOB)
@@ -122,8 +123,9 @@ def local_path(services: Services, text: str) -> Path:
     digest, _, inside = text[len(kind) :].partition("/")
     check_readable(services, digest)
     parts = PurePosixPath(inside).parts
-    if (kind == BLOB and not parts) or any(part in ("..", "/") for part in parts):
-        raise InputError(f"an upload's reference must end in a relative path, got {text!r}")
+    is_place = not any(part in ("..", "/") or "\0" in part or len(part.encode()) > MAX_NAME_BYTES for part in parts)
+    if (kind == BLOB and not parts) or not is_place:
+        raise InputError(f"an upload's reference must end in a relative path, got {text[:300]!r}")
     name = digest.replace(":", "-")
     if kind == TREE:
         return _copy_project(services, digest, services.home / "projects" / name) / inside

@@ -10,7 +10,7 @@ import msgspec
 from millrace.control import sign_in
 from millrace.control.authorisation import acting_principal, is_over_others
 from millrace.control.dispatch import handles
-from millrace.control.granting import OwnerKept, check_stands_above, grants_of
+from millrace.control.granting import OwnerKept, check_everywhere, check_stands_above, grants_of
 from millrace.control.services import Services
 from millrace.core import extras
 from millrace.core.errors import ConflictError, DeniedError, InputError, NotFoundError
@@ -98,6 +98,7 @@ def get_user(services: Services, body: NameRequest) -> ops.UserView:
 @handles(ops.CREATE_USER)
 def create_user(services: Services, body: ops.UserCreate) -> ops.UserView:
     """May do nothing yet."""
+    check_everywhere("make a user")
     name = check_name(body.name)
     if len(body.email) > MAX_EMAIL or not body.email.isprintable():
         raise InputError(f"an address has at most {MAX_EMAIL} printable characters")
@@ -128,7 +129,10 @@ def set_password(services: Services, body: ops.PasswordSet) -> ops.UserView:
         raise InputError(f"{user.name} signs in without a password: it is a service account, or of elsewhere")
     stored = _hashed(body.password, user.name, user.email)
     with services.records.transaction() as transaction:
-        user = sign_in.set_password(services, transaction, find_user(transaction, body.name), stored)
+        present = find_user(transaction, body.name)
+        if present.password != user.password:  # what was given as the present one is that no more
+            raise ConflictError(f"somebody else has changed the password of {user.name} meanwhile")
+        user = sign_in.set_password(services, transaction, present, stored)
     return _viewed(services, user)
 
 
@@ -171,6 +175,7 @@ def _changed(services: Services, name: str, **values: object) -> ops.UserView:
 @handles(ops.DISABLE_USER)
 def disable_user(services: Services, body: NameRequest) -> ops.UserView:
     """From the next request on; the name stays taken, since events name it."""
+    check_everywhere("disable a user")
     check_stands_above(services, find_user(services.records, body.name))
     with services.records.transaction() as transaction:
         kept = OwnerKept(services, transaction)
@@ -186,6 +191,7 @@ def disable_user(services: Services, body: NameRequest) -> ops.UserView:
 @handles(ops.ENABLE_USER)
 def enable_user(services: Services, body: NameRequest) -> ops.UserView:
     """With the roles that they had."""
+    check_everywhere("enable a user")
     check_stands_above(services, find_user(services.records, body.name))
     return _changed(services, body.name, disabled_at=None, failures=0, not_before=0.0)
 
@@ -201,7 +207,8 @@ def _is_own(operation: Operation, name: str) -> bool:
         return False  # whoever runs this process
     if principal.id.partition("/")[0] == f"user:{name}":
         return True
-    if not is_over_others(principal, operation):
+    # A user is of all projects: who may do it in some could take a colleague's name before they have a role elsewhere.
+    if not is_over_others(principal, operation, everywhere=operation.is_write):
         raise DeniedError(f"{principal.id} may {operation.name} for themselves alone")
     return False
 
@@ -221,5 +228,6 @@ def _mine_or_below(services: Services, operation: Operation, name: str, password
         if not sign_in.check(attempt, password or "").result():
             raise DeniedError("the present password is wrong, or there were too many attempts", hint="wait a minute")
         with services.records.transaction() as transaction:
-            sign_in.succeed(services, transaction, attempt, None)
+            if sign_in.succeed(services, transaction, attempt, None) is None:
+                raise ConflictError(f"somebody else has changed the password of {user.name} meanwhile")
     return user

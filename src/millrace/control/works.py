@@ -25,7 +25,7 @@ def claim_work(services: Services, body: ops.ClaimRequest) -> ops.WorkOrder | No
             f"this server has Millrace {millrace.__version__}, the worker {body.worker!r} has {body.version}",
             hint=f"pip install millrace=={millrace.__version__} on the worker",
         )
-    for waiting in services.records.find(WorkItem, {"state": "queued"}, limit=4):
+    for waiting in services.records.find(WorkItem, {"state": "queued"}):
         if not _is_wanted(services, waiting):
             continue
         order = _claim(services, waiting.id, body.worker)
@@ -62,7 +62,7 @@ def report_work(services: Services, body: ops.ReportRequest) -> ops.ReportAnswer
     now = services.clock.now()
     with services.records.transaction() as transaction:
         item = transaction.get(WorkItem, body.work)
-        if item is None:
+        if item is None or transaction.get(Run, item.run_id) is None:  # one of other projects is not seen
             raise NotFoundError(f"there is no work {body.work[:64]!r}", hint="its run has ended: stop working")
         if body.attempt != item.attempt or item.state != "claimed":
             raise ConflictError(

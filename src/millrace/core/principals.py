@@ -195,8 +195,11 @@ def token_id(secret: str) -> str:
 def check_scopes(scopes: Iterable[str], custom: Iterable[str] = ()) -> tuple[str, ...]:
     """Scopes, once each, in order: each a role, or `role:project`.
 
+    A project that begins with `!` is none here: it would take that project from who may work in all of them. One
+    with `|` is none either, which parts the id of a binding.
+
     Raises:
-        InputError: One names an unknown role, or there is none.
+        InputError: One names an unknown role or no project, or there is none.
 
     Example:
         >>> check_scopes(["worker", "worker"])
@@ -204,7 +207,10 @@ def check_scopes(scopes: Iterable[str], custom: Iterable[str] = ()) -> tuple[str
     """
     given = sorted(set(scopes))
     known = {*ROLES, *custom} - {WORK}
-    unknown = [scope for scope in given if Grant.parse(scope).role not in known]
+    grants = {scope: Grant.parse(scope) for scope in given}
+    unknown = [
+        scope for scope, one in grants.items() if one.role not in known or one.where.startswith("!") or "|" in one.where
+    ]
     if unknown or not given:
         raise InputError(
             f"a scope is a role, or role:project, of {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}"

@@ -287,6 +287,7 @@ class Token(Record, frozen=True, kw_only=True):
     prefix: str  # the first characters of the secret, so that its owner knows it again
     scopes: tuple[str, ...]
     user_name: str = ""  # "" is a token of nobody's: its scopes are all that it may
+    made_by: str = ""  # another token of nobody's, which is the same person; "" where an owner made it
     is_once: bool = False  # sets the password of its user, and ends with that
     work_id: str | None = None  # it is good for this work alone
     expires_at: float | None = None

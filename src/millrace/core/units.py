@@ -9,6 +9,7 @@ from millrace.core.errors import InputError
 _NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
 _SHARE = re.compile(_NUMBER + r"(%|pp)?\s*$")
 _SIZE = re.compile(_NUMBER + r"([kKMGT]i?)?[bB]?\s*$")
+MOST_BYTES = 1 << 63  # what a record can hold
 _DURATION = re.compile(_NUMBER + r"(ms|s|min|m|h|d)?\s*$")
 _SIZE_FACTORS = {None: 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     prefix + "i": 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)
@@ -54,9 +55,10 @@ def parse_size(value: str | int | float) -> int:
         (1610612736, 2000000)
     """
     match = _SIZE.match(str(value)) if not isinstance(value, bool) else None
-    if match is None or float(match[1]) < 0:
-        raise InputError(f"want a size such as 512MB or 2GiB, got {value!r}")
-    return int(float(match[1]) * _SIZE_FACTORS[match[2]])
+    size = float(match[1]) * _SIZE_FACTORS[match[2]] if match is not None else -1.0
+    if not 0 <= size < MOST_BYTES:
+        raise InputError(f"want a size such as 512MB or 2GiB, got {str(value)[:40]!r}")
+    return int(size)
 
 
 def parse_duration(value: str | int | float) -> float:

@@ -11,13 +11,14 @@ import base64
 import binascii
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,7 @@ from millrace.security import envelope
 FILE_NAME = "kek.json"
 COMMAND_TIMEOUT_S = 15.0
 _HEX = re.compile(rb"[0-9a-fA-F]{64}")
+log = logging.getLogger(__name__)
 _HINT = "set encryption_key to file:PATH, env:NAME or command:PROGRAM ARGS: the key that this home was encrypted with"
 
 
@@ -84,7 +86,13 @@ class Keyring:
         self._own = Path(home) / "keys" / FILE_NAME
         self._kind, _, self._where = source.partition(":")
         if source and (self._kind not in ("file", "env", "command") or not self._where):
-            raise InputError(f"encryption_key is file:PATH, env:NAME or command:PROGRAM ARGS, got {self._kind!r}:…")
+            raise InputError(  # what was given may be the key itself
+                "encryption_key is none of file:PATH, env:NAME and command:PROGRAM ARGS",
+                hint="it names where the key is, and never holds it",
+            )
+        with suppress(OSError):  # it is made on first use
+            if self._kind == "file" and Path(self._where).stat().st_mode & 0o007:
+                log.warning("the key of keys %s can be read by everybody: chmod 600", self._where)
         self._may_make = may_make
         self._lock = threading.RLock()
         self._seen: tuple[object, ...] = ()
@@ -125,6 +133,14 @@ class Keyring:
         with self._lock:
             self._refresh()
             return id in self._keys
+
+    def check_has(self, id: str) -> None:
+        """Pass where this key is here.
+
+        Raises:
+            NotFoundError: It is not.
+        """
+        self._find(id)
 
     # ------------------------------------------------------------------ wrapping
 
@@ -272,9 +288,14 @@ class Keyring:
         except subprocess.TimeoutExpired:
             raise UnavailableError(f"{command[0]} gave no key within {COMMAND_TIMEOUT_S:g} s") from None
         except OSError as error:
-            raise InputError(f"{command[0]}, which is to give the keys, does not start: {error.strerror}") from None
+            raise InputError(
+                f"{command[0]}, which is to give the keys, does not start: {error.strerror}", hint=_HINT
+            ) from None
         if done.returncode != 0:
-            raise UnavailableError(f"{command[0]}, which is to give the keys, ended with code {done.returncode}")
+            raise UnavailableError(
+                f"{command[0]}, which is to give the keys, ended with code {done.returncode}",
+                hint="run it by hand, as the user of the server: its exit code has to be 0, its output the key",
+            )
         return done.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 import threading
@@ -143,7 +144,9 @@ def _verify(stored: str, password: str) -> bool:
 
 @cache
 def _nobodys() -> str:
-    return _HASHER.hash(os.urandom(16).hex())
+    """What no password has; nothing is hashed to make it, or the first wrong name would take twice as long."""
+    salt, digest = (base64.b64encode(os.urandom(size)).decode().rstrip("=") for size in (16, 32))
+    return f"$argon2id$v=19$m={_HASHER.memory_cost},t={_HASHER.time_cost},p={_HASHER.parallelism}${salt}${digest}"
 
 
 def _normal(password: str) -> str:

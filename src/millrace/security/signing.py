@@ -128,19 +128,20 @@ class HomeSigner:
                 f"the signature is for {document.digest}, not for {digest}: the content was altered", hint=_ALTERED
             )
         _, key = self._files().get(document.key_id) or ("", self._published(document.key_id))
-        if key is None:
+        refusal = self._refusal(document.key_id)
+        if key is None and refusal is None:
             command = "millrace trusted-keys add SIGNERS_HOME/keys/signing.pub"
             raise UntrustedError(
                 f"{digest} is signed by the key {document.key_id}, which is not trusted here",
                 hint=f"only if you know whose key it is: `{command}`",
             )
         try:
-            key.verify(raw, _CONTEXT + digest.encode())
+            if key is not None:  # else its file is gone, and the records say that it was revoked
+                key.verify(raw, _CONTEXT + digest.encode())
         except InvalidSignature:
             raise UntrustedError(
                 f"the signature of {digest} by {document.key_id} is wrong: it was altered", hint=_ALTERED
             ) from None
-        refusal = self._refusal(document.key_id)
         if refusal is not None:
             raise UntrustedError(
                 f"{digest} is signed by the key {document.key_id}, which {refusal}",
@@ -260,7 +261,7 @@ def _parse(text: bytes, place: str, load: Callable[[bytes], object], key_type: t
     try:
         key = load(text)
     except (ValueError, TypeError) as error:
-        raise UntrustedError(f"{place} is not a readable key: {error}", hint="remove it or replace it") from error
+        raise UntrustedError(f"{place} is no key that can be read", hint="remove it or replace it") from error
     if not isinstance(key, key_type):
         raise UntrustedError(f"{place} holds another kind of key, want {ALGORITHM}", hint="remove or replace it")
     return key

@@ -86,6 +86,7 @@ class EncryptedBlobs:
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache_dir.chmod(0o700)
         self._cache = BlobCache(cache_dir, cache_bytes)
+        self._has_looked = False  # at whether other hosts on these records have the same keys
 
     # ------------------------------------------------------------------ the port
 
@@ -252,12 +253,13 @@ class EncryptedBlobs:
         """
         count = size = 0
         for digest in dict.fromkeys(digests):
+            self._cache.forget(digest)  # also what a process on another host has erased
             with self._records.transaction() as transaction:
                 key = transaction.get(DataKey, digest)
                 if key is None or not key.wrapped:
                     continue
                 transaction.put(msgspec.structs.replace(key, wrapped="", kek=""), key.version)
-            self._cache.forget(digest)
+            self._cache.forget(digest)  # somebody may have asked for it until then
             self.inner.delete(key.stored)
             count, size = count + 1, size + key.size_bytes
         return count, size
@@ -301,6 +303,7 @@ class EncryptedBlobs:
             present = transaction.get(DataKey, digest)
             if (present.version if present else 0) != (old.version if old else 0):
                 return False
+            self._check_keys()
             # Wrapped in here: whoever drops a key of keys does it in a transaction, when no record needs it.
             kek, wrapped = self._ciphers.wrap(secret, digest)
             subject = old.data_subject if old is not None and old.wrapped else ""
@@ -310,6 +313,17 @@ class EncryptedBlobs:
             )  # fmt: skip
             transaction.put(key, present.version if present else 0)
         return True
+
+    def _check_keys(self) -> None:
+        """Once, before something is stored: two hosts may have begun at the same time, with a key of its own each.
+
+        Raises:
+            NotFoundError: What is newest here was stored by another key.
+        """
+        for key in () if self._has_looked else self._records.find(DataKey, order="-created_at", limit=1):
+            if key.wrapped:
+                self._ciphers.unwrap(key.kek, key.wrapped, key.id)
+        self._has_looked = True
 
     # ------------------------------------------------------------------ reading
 

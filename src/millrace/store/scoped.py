@@ -89,7 +89,8 @@ class ScopedRecords:
     def events(self, since: int = 0, subject: str | None = None, limit: int = 1000) -> list[Event]:
         """Events about what may be seen."""
         found: list[Event] = []
-        while len(found) < limit and (page := self._records.events(since, subject, limit)):
+        at_once = max(limit, 256)  # many in a row may be about something else
+        while len(found) < limit and (page := self._records.events(since, subject, at_once)):
             found.extend(event for event in page if self._sees_subject(event.subject))
             since = page[-1].seq or since
         return found[:limit]

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from millrace.api import bodies
 from millrace.api.mlflow.errors import explained
 from millrace.api.mlflow.requests import Nothing
+from millrace.api.problems import CHALLENGE
 from millrace.control.dispatch import Dispatcher
 from millrace.control.projects import ProjectDirectory
 from millrace.control.registered import ModelDirectory
@@ -73,8 +74,9 @@ class Call(Struct, frozen=True, kw_only=True):
 def refusal(error: MillraceError) -> Response:
     """An error as MLflow clients read it."""
     status, code = explained(error)
-    content = msgspec.json.encode({"error_code": code, "message": error.message})
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    more = "; set MLFLOW_TRACKING_TOKEN to a token of this server" if status == 401 else ""
+    content = msgspec.json.encode({"error_code": code, "message": error.message + more})
+    headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 401: CHALLENGE}.get(status)
     return Response(content, status_code=status, media_type=JSON, headers=headers)
 
 

@@ -11,6 +11,7 @@ from millrace.core.errors import (
     NotFoundError,
     QuotaError,
     TooLargeError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -23,6 +24,7 @@ STATUSES = {
     "RESOURCE_DOES_NOT_EXIST": 404,
     "RESOURCE_CONFLICT": 409,
     "ENDPOINT_NOT_FOUND": 404,
+    "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_IMPLEMENTED": 501,
     "RESOURCE_EXHAUSTED": 429,
@@ -33,6 +35,7 @@ _CODES: tuple[tuple[type[MillraceError], str], ...] = (
     (NotFoundError, "RESOURCE_DOES_NOT_EXIST"),
     (ConflictError, "RESOURCE_CONFLICT"),
     (InputError, INVALID),
+    (UnauthenticatedError, "UNAUTHENTICATED"),
     (DeniedError, "PERMISSION_DENIED"),
     (QuotaError, "RESOURCE_EXHAUSTED"),
     (UnavailableError, "TEMPORARILY_UNAVAILABLE"),

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from millrace.api.pages.rendering import Page, text
 from millrace.control.dispatch import Dispatcher
+from millrace.control.following import records_of
 from millrace.control.report import decode_facts
 from millrace.control.services import Services
 from millrace.core.errors import InputError
@@ -23,11 +24,12 @@ _MOST = 2**62
 def last_event(services: Services) -> int:
     """The number of the newest sealed event, 0 when there is none: found by halving, the numbers have no gaps."""
     low, high = -1, 0  # there is one after `low`, none after `high`
-    while services.records.events(since=high, limit=1):
+    records = records_of(services)
+    while records.events(since=high, limit=1):
         low, high = high, max(_GALLOP, high * 2)
     while high - low > 1:
         middle = (low + high) // 2
-        if services.records.events(since=middle, limit=1):
+        if records.events(since=middle, limit=1):
             low = middle
         else:
             high = middle
@@ -70,7 +72,7 @@ def _before(services: Services, before: int, subject: str | None) -> list[Event]
     kept: deque[Event] = deque(maxlen=EVENTS_PER_PAGE + 1)
     since = 0 if subject else max(before - 1 - (EVENTS_PER_PAGE + 1), 0)
     while since < before - 1:
-        page = services.records.events(since, subject, _READ_AT_ONCE)
+        page = records_of(services).events(since, subject, _READ_AT_ONCE)
         kept.extend(event for event in page if (event.seq or 0) < before)
         if len(page) < _READ_AT_ONCE:
             break

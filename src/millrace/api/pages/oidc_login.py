@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,8 @@ class OidcLogin:
         if self._addresses.wait_s(sessions.address_of(request)):
             return _back("busy")
         try:
-            begin = partial(self._begin, _callback(request), wanted)
+            address = sessions.network(sessions.address_of(request))
+            begin = partial(self._begin, _callback(request), wanted, address)
             place, secret = await anyio.to_thread.run_sync(begin, limiter=self._limiter)
         except MillraceError as error:
             log.warning("sign-in with %s: %s", self.shown, error.message)
@@ -98,7 +100,7 @@ class OidcLogin:
         sessions.set_cookie(request, response, sessions.PENDING, secret)
         return response
 
-    def _begin(self, redirect_uri: str, wanted: str) -> tuple[str, str]:
+    def _begin(self, redirect_uri: str, wanted: str, address: str) -> tuple[str, str]:
         place, pending = self._provider.begin(redirect_uri)
         secret, now = secrets.token_urlsafe(32), self._services.clock.now()
         with self._services.records.transaction() as transaction:
@@ -106,7 +108,7 @@ class OidcLogin:
             transaction.put(
                 Session(
                     id=token_id(secret), created_at=now, user_name="", csrf="", used_at=now,
-                    expires_at=now + PENDING_S, pending={**pending, "next": wanted},
+                    expires_at=now + PENDING_S, pending={**pending, "next": wanted, "address": address},
                 ),
                 expect_version=0,
             )  # fmt: skip
@@ -154,12 +156,21 @@ class OidcLogin:
 
 
 def _make_room(transaction: Transaction, now: float) -> None:
-    """Forget what was begun too long ago, or, where many have begun and not come back, what was begun first."""
+    """Forget what was begun too long ago, or, where many have begun and not come back, what was begun first.
+
+    Of the address that has begun most: who begins again and again drives nobody else out.
+    """
     begun = sorted(transaction.find(Session, {"user_name": ""}), key=lambda one: one.expires_at)
-    too_many = len(begun) - MOST_PENDING + 1
-    for place, one in enumerate(begun):
-        if one.expires_at <= now or place < too_many:
+    for one in begun:
+        if one.expires_at <= now:
             transaction.delete(Session, one.id)
+    waiting = [one for one in begun if one.expires_at > now and "state" in one.pending]  # not codes of terminals
+    if len(waiting) < MOST_PENDING:
+        return
+    ((most, _),) = Counter(one.pending.get("address", "") for one in waiting).most_common(1)
+    of_most = [one for one in waiting if one.pending.get("address", "") == most]
+    for one in of_most[: len(waiting) - MOST_PENDING + 1]:
+        transaction.delete(Session, one.id)
 
 
 def _callback(request: Request) -> str:

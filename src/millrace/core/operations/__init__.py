@@ -40,13 +40,17 @@ class Operation(Struct, frozen=True, kw_only=True):
     is_audited: bool = True
     subject_kind: str = "project"
     subject_field: str | None = None
+    makes: str = ""  # a run: its answer, or that field of it, is what the event is about
     is_raw: bool = False
     cursor_field: str | None = None
     resume_field: str | None = None
     hidden_fields: tuple[str, ...] = ()  # of the request: secrets, which no event may hold
     example: dict[str, Any] = {}
 
-    def subject(self, body: Any) -> str:
-        """What the request acts on, as a reference."""
-        value = getattr(body, self.subject_field, None) if self.subject_field else None
-        return f"{self.subject_kind}:{value or 'default'}"
+    def subject(self, body: Any, answer: Any = None) -> str:
+        """What the request acts on, or has made, as a reference; of no project where it names none."""
+        if self.makes and answer is not None:
+            return f"{self.makes}:{getattr(answer, self.makes, answer).id}"
+        if self.subject_field is None:
+            return "home:default" if self.subject_kind == "project" else f"{self.subject_kind}:default"
+        return f"{self.subject_kind}:{getattr(body, self.subject_field, None) or 'default'}"

@@ -169,7 +169,7 @@ PLAN_RUN = Operation(
 )  # fmt: skip
 SUBMIT_RUN = Operation(
     name="run.submit", summary="Create a run of a spec, or join the live one.", request=SubmitRequest,
-    response=Submitted, method="POST", path="/runs", is_write=True, example=_SPEC,
+    response=Submitted, method="POST", path="/runs", is_write=True, makes="run", example=_SPEC,
 )  # fmt: skip
 DRIVE_RUN = Operation(
     name="run.drive", summary="Drive a run to its end; follows when another process drives it.", request=RunRequest,
@@ -211,7 +211,7 @@ READ_METRICS = Operation(
 )  # fmt: skip
 TRACK_START = Operation(
     name="run.track", summary="Begin a run of your own script.", request=TrackRequest, response=Run, method="POST",
-    path="/runs/track", is_write=True, example={"name": "sweep"},
+    path="/runs/track", is_write=True, makes="run", example={"name": "sweep"},
 )  # fmt: skip
 TRACK_LOG = Operation(
     name="run.log", summary="Record points, parameters and tags.", request=TrackLog, response=None, method="POST",
