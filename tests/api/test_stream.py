@@ -44,7 +44,8 @@ def test_the_stream_of_a_run_ends_with_it(transport: HttpTransport) -> None:
     ending.start()
     verbs = [event.verb for event in transport.stream("event.watch", {"run": run.id})]
     ending.join()
-    assert verbs in (["run.track"], ["run.track", "run.end"])  # the last event is sealed just before or after the run's last look
+    # The last event is sealed just before or after the run's last look.
+    assert verbs in (["run.track"], ["run.track", "run.end"])
 
 
 def test_what_is_wrong_is_said_before_the_stream_begins(server: RunningServer, transport: HttpTransport) -> None:

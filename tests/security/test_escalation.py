@@ -5,7 +5,9 @@ Each is what somebody with a token could do; the door is dispatch, as for every 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,20 @@ import httpx
 import msgspec
 import pytest
 from oidc_site import Site
+from onnx import TensorProto, helper
 
 import millrace
+from millrace.api.app import build_app
 from millrace.control.authorisation import acting_as, authenticate, user_principal
+from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
+from millrace.control.foreign import register_foreign
+from millrace.control.registered import rename_model
 from millrace.core.errors import ConflictError, DeniedError, InputError, NotFoundError, SpecError
+from millrace.core.operations.registry import RegisterRequest
 from millrace.core.ports import Work
 from millrace.core.principals import Grant, Principal
-from millrace.core.types import Event, Lease, Run, User, WorkItem
+from millrace.core.types import Endpoint, Event, Lease, Run, User, WorkItem
 from millrace.wiring import open_dispatcher
 
 PASSWORD = "blue tractor on mars"
@@ -254,3 +262,64 @@ def test_who_listens_hears_nothing_more_when_their_right_ends(
             site.home.call(verb, body)
             assert [line for line in lines if line] == []
         assert httpx.get(url, headers=headers, trust_env=False).status_code in (401, 403)
+
+
+# --------------------------------------------------------------------------- what strangers are told
+
+
+def test_a_stranger_is_not_told_where_the_records_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postgres is away: its address and the name to sign in with are for the log."""
+    monkeypatch.setenv("MILLRACE_RECORDS_URL", "postgresql://keeper@127.0.0.1:1/secret_place")
+    with closing(open_dispatcher(str(tmp_path / "home"))) as home:
+        app = build_app(home, wants_token=True)
+        for path, headers in (
+            ("/readyz", {}),
+            ("/api/v1/runs", {"Authorization": "Bearer mr_x"}),
+            ("/runs", {"Cookie": "millrace=x", "Accept": "text/html"}),
+            ("/login", {"Cookie": "millrace=x", "Accept": "text/html"}),
+        ):
+            answer = asyncio.run(asked(app, path, headers))
+            assert answer.status_code == 503, path
+            assert not any(word in answer.text for word in ("keeper", "127.0.0.1", "secret_place", ":1")), answer.text
+
+
+async def asked(app: Any, path: str, headers: dict[str, str]) -> httpx.Response:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        return await client.get(path, headers=headers)
+
+
+# --------------------------------------------------------------------------- names that become free
+
+
+def test_an_endpoint_serves_no_model_of_another_project_that_has_taken_the_name(
+    home: Dispatcher, tmp_path: Path
+) -> None:
+    """Its own was renamed: whoever registers that name next, elsewhere, would answer those who call it."""
+    for name, value in (("own", 1.0), ("theirs", 2.0)):
+        (tmp_path / f"{name}.onnx").write_bytes(adding(value))
+    home.call("model.register", {"path": str(tmp_path / "own.onnx"), "name": "digits"})
+    home.call("endpoint.deploy", {"model": "digits", "endpoint": "e"})
+    endpoint = home.services.records.get(Endpoint, "e")
+    assert endpoint is not None
+    reconciler = Reconciler(home.services)
+    served = reconciler._model_of(endpoint)
+    assert served is not None
+    rename_model(home.services, "digits", "older")
+    register_foreign(
+        home.services.scoped(frozenset({"b"})), RegisterRequest(path=str(tmp_path / "theirs.onnx"), name="digits")
+    )
+    assert home.call("model.get", {"model": "digits"}).version.project == "b"
+    with pytest.raises(ConflictError, match="is of the project 'b'"):
+        reconciler._open(endpoint, reconciler._wish_of(endpoint))
+
+
+def adding(value: float) -> bytes:
+    """y = x + value."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "c"], ["y"])], "adding",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor("c", TensorProto.FLOAT, [1], [value])],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()

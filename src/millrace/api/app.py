@@ -15,7 +15,7 @@ from starlette.routing import Route
 from millrace.api import meters, openapi
 from millrace.api.blobs import blob_routes
 from millrace.api.bodies import encode_json
-from millrace.api.guards import Authenticated, HostGuard
+from millrace.api.guards import OPEN_PATHS, Authenticated, HostGuard, to_anybody
 from millrace.api.mlflow.routes import mlflow_routes
 from millrace.api.pages.routes import page_routes
 from millrace.api.problems import problem
@@ -59,7 +59,7 @@ def build_app(
         try:
             await run_in_threadpool(dispatcher.services.records.get, Lease, "leader")
         except MillraceError as error:
-            return problem(error)
+            return problem(to_anybody(error))
         return JSONResponse({"status": "ready"})
 
     async def measure(_: Request) -> Response:
@@ -93,7 +93,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, MillraceError)
     if error.code == "internal":
         log.error("%s %s: %s", request.method, request.url.path, error.message)
-    return problem(error)
+    return problem(to_anybody(error) if request.url.path in OPEN_PATHS else error)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import partial
@@ -18,7 +19,7 @@ from millrace.api.problems import problem
 from millrace.control.authorisation import acting_as, acting_principal, authenticate, bearer
 from millrace.control.services import Services
 from millrace.control.sign_in import authenticate_session
-from millrace.core.errors import MillraceError, UnauthenticatedError
+from millrace.core.errors import MillraceError, UnauthenticatedError, UnavailableError
 from millrace.core.principals import Principal
 from millrace.core.types import Session
 
@@ -26,7 +27,9 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login", "/login/oidc", "/login/callback", "/login/token"})
 OPEN_PREFIX = "/static/"  # the same bytes for everybody
+MLFLOW_PREFIXES = ("/api/2.0", "/api/3.0", "/ajax-api/")
 Asked = tuple[Principal | None, Session | None]
+log = logging.getLogger(__name__)
 _AGAIN: ContextVar[Callable[[], Awaitable[Asked]] | None] = ContextVar("millrace_again", default=None)
 
 
@@ -37,7 +40,14 @@ async def is_still_let() -> bool:
         return again is None or (await again())[0] == acting_principal()
     except MillraceError:
         return False
-MLFLOW_PREFIXES = ("/api/2.0", "/api/3.0", "/ajax-api/")
+
+
+def to_anybody(error: MillraceError) -> MillraceError:
+    """As it may be told to whom nobody knows: of records that cannot be reached, not where they are, and as whom."""
+    if "postgresql://" not in error.message:
+        return error
+    log.warning("%s", error.message)
+    return UnavailableError("the records cannot be reached at this moment", hint="the server's log says why")
 
 
 class HostGuard:
@@ -116,7 +126,7 @@ class Authenticated:
             await _refused(Request(scope), error)(scope, receive, send)
             return
         except MillraceError as error:
-            await problem(error)(scope, receive, send)
+            await problem(to_anybody(error))(scope, receive, send)
             return
         before = _AGAIN.set(partial(self._principal, scope))
         try:

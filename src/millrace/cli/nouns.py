@@ -33,6 +33,8 @@ _TABLES = {"key": "render_rows", "trusted_key": "render_rows"}
 _RENDERERS = {
     ("token", "create"): "render_created_token",
     ("token", "revoke"): "render_tokens",
+    ("model", "promote"): "render_alias",
+    ("model", "rollback"): "render_alias",
     ("user", "get"): "render_value",
     ("user", "who_can"): "render_rows",
     ("user", "disable"): "render_users",

@@ -157,13 +157,23 @@ def render_models(views: list[Any]) -> None:
 def render_model(detail: Any) -> None:
     """A version, its aliases' history, its card."""
     render_models([detail.view])
-    rows = []
-    for alias in detail.aliases:
-        for move in alias.history:
-            rows.append([alias.name, move.get("from") or "-", move["to"], when(move["at"]), move.get("reason", "")])
-    print_table(["ALIAS", "FROM", "TO", "WHEN", "WHY"], rows)
+    _print_moves(detail.aliases)
     if detail.view.card:
         console().print(detail.view.card, markup=False)
+
+
+def render_alias(alias: Any) -> None:
+    """One alias, and how it moved."""
+    _print_moves([alias])
+
+
+def _print_moves(aliases: list[Any]) -> None:
+    rows = [
+        [alias.name, move.get("from") or "-", move["to"], when(move["at"]), move.get("reason", "")]
+        for alias in aliases
+        for move in alias.history
+    ]
+    print_table(["ALIAS", "FROM", "TO", "WHEN", "WHY"], rows)
 
 
 def render_endpoints(endpoints: list[Any]) -> None:

@@ -52,6 +52,8 @@ def read_key(text: str) -> BackupKey:
     kind, _, where = text.partition(":")
     if kind == "env":
         raw = os.environ.get(where, "").encode()
+        if not raw:
+            raise InputError(f"the variable {where} with the key of the backups is not set", hint=_HINT)
     elif kind == "file":
         try:
             raw = Path(where).read_bytes()

@@ -286,6 +286,12 @@ class Reconciler:
 
     def _open(self, endpoint: Endpoint, wish: Wish) -> tuple[ModelVersion, HostedModel]:
         version = resolve_model(self._services, f"{wish.model}@{wish.number}")
+        if version.project != endpoint.project:  # its own was renamed or deleted, and somebody has taken the name
+            raise ConflictError(
+                f"the model {version.name!r} is of the project {version.project!r}, the endpoint {endpoint.name!r} "
+                f"of {endpoint.project!r}",
+                hint="deploy a model of its project to it, or delete it",
+            )
         folder = open_version(self._services, version)
         bundle = open_bundle(folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
         serve, monitor = sections_of(self._services.home)

@@ -107,7 +107,9 @@ def create_user(services: Services, body: ops.UserCreate) -> ops.UserView:
     stored = "" if body.password is None else _hashed(body.password, name, body.email)
     with services.records.transaction() as transaction:
         if transaction.get(User, name) is not None:
-            raise ConflictError(f"there is a user {name!r} already")
+            raise ConflictError(
+                f"there is a user {name!r} already", hint="take another name; those of disabled users stay taken"
+            )
         user = User(
             id=name, name=name, created_at=services.clock.now(), email=body.email, is_service=body.service,
             password=stored,
