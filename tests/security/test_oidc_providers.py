@@ -168,6 +168,7 @@ class Canaille:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("MILLRACE_CANAILLE"), reason="MILLRACE_CANAILLE=1 installs and runs it: 40 s")
 def test_canaille(tmp_path: Path) -> None:
     with Site(tmp_path) as site:
         provider = Canaille(tmp_path, site.back)
