@@ -203,3 +203,13 @@ def test_every_operation_asks(home: Dispatcher) -> None:
         with pytest.raises(DeniedError):
             authorise(home.services, nobody, operation, None)
     assert OWNER in ROLES
+
+
+def test_a_grant_more_takes_nothing_away() -> None:
+    """Who may something everywhere may it everywhere, whatever they may in single projects besides."""
+    more = Grant(role="developer", where="digits")
+    owner = Principal(id="user:x", grants=(Grant(role="owner"), more))
+    within = Principal(id="user:x/token:t", grants=owner.grants, within=(Grant(role="owner"), more))
+    for operation in OPERATIONS.values():
+        for principal in (owner, within):
+            assert principal.where(operation.name, operation.is_write) == {"*"}, operation.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,12 @@ from millrace.core.spec_errors import decode_hook
 PREFIX = "/api/v1"
 MSGPACK = "application/msgpack"
 CONNECT_TIMEOUT_S = 5.0
+# A server that is cut off says nothing: the kernel asks whether it is there, however long an answer takes.
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 35_000}
+ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _PROBES.items() if hasattr(socket, name)),
+]
 RETRIES = 3  # of the connection only: a request that may have arrived is never sent twice
 _SSE_IDLE_S = 60.0
 LOCAL_PATHS: dict[str, tuple[str, ...]] = {  # request fields that name a file or folder of the caller
@@ -55,7 +62,7 @@ class HttpTransport:
         if not (token.isascii() and token.isprintable()):
             raise InputError("a token has ASCII characters alone: this is none", hint="copy it anew")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        carrier = httpx.HTTPTransport(verify=_trusting(ca_file), retries=RETRIES, trust_env=False)
+        carrier = httpx.HTTPTransport(verify=_trusting(ca_file), retries=RETRIES, trust_env=False, socket_options=ALIVE)
         self._http = httpx.Client(base_url=parsed, timeout=timeout, transport=carrier, trust_env=False, headers=headers)
 
     def call(self, operation: str, body: Mapping[str, Any]) -> Any:

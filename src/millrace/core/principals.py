@@ -107,7 +107,7 @@ class Principal(Struct, frozen=True, kw_only=True, cache_hash=True):
         Example:
             >>> ada = Principal(id="user:ada", grants=(Grant(role="viewer"), Grant(role="developer", where="digits")))
             >>> sorted(ada.where("run.get", False)), sorted(ada.where("run.submit", True))
-            (['*', 'digits'], ['digits'])
+            (['*'], ['digits'])
         """
         return _where_of(self, operation, is_write)
 
@@ -138,8 +138,9 @@ def _where(
             allowed.add(grant.where)
     if EVERYWHERE in denied:
         return frozenset()
-    allowed -= denied
-    return frozenset(allowed | {f"!{project}" for project in denied} if EVERYWHERE in allowed else allowed)
+    if EVERYWHERE in allowed:  # whatever it may in single projects besides is no more than that
+        return frozenset({EVERYWHERE, *(f"!{project}" for project in denied)})
+    return frozenset(allowed - denied)
 
 
 def matches(patterns: Iterable[str], operation: str) -> bool:
@@ -173,7 +174,7 @@ def both(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
     found = {name for name in named if includes(left, name) and includes(right, name)}
     if EVERYWHERE in left and EVERYWHERE in right:
         out = {name for name in left | right if name.startswith("!")}
-        return frozenset({EVERYWHERE, *out, *found})
+        return frozenset({EVERYWHERE, *out})
     return frozenset(found)
 
 
