@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per process; three processes keep two cores busy, since many tests wait for servers and timers.
 WORKERS ?= 3
 export OMP_NUM_THREADS = 1
+# pip compiles 19,000 files, of which few are ever imported: those are compiled, and kept, when they are.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test quick check format bench docs reference lock sizes clean
@@ -27,9 +29,9 @@ $(STAMP): requirements-dev.lock pyproject.toml
 		|| { echo "want Python 3.11 or newer, got `$(PYTHON) -V`: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "Python cannot make environments here: apt-get install python3-venv"; exit 1; }
-	$(PIP) install --quiet --progress-bar off $(TORCH_FLAGS) $$(grep '^torch==' requirements-dev.lock)
-	$(PIP) install --quiet --progress-bar off -r requirements-dev.lock
-	$(PIP) install --quiet --no-deps -e .
+	$(PIP) install --no-compile --quiet --progress-bar off $(TORCH_FLAGS) $$(grep '^torch==' requirements-dev.lock)
+	$(PIP) install --no-compile --quiet --progress-bar off -r requirements-dev.lock
+	$(PIP) install --no-compile --quiet --no-deps -e .
 	$(BIN)/python -m compileall -q src
 	@touch $@
 

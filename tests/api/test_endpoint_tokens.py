@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import trustme
-from onnx import TensorProto, helper
 
+from millrace.testing.graphs import write_scaler
 from millrace.testing.namespaces import Hosts, can_make
 from millrace.testing.server import RunningServer
 
@@ -44,17 +43,6 @@ def until(check: Callable[[], object], what: str, timeout_s: float = 30.0) -> No
     while not check():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
-
-
-def write_doubler(path: Path) -> Path:
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "x"], ["y"])],
-        "doubler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
 
 
 def test_an_endpoint_elsewhere_answers_tokens_that_may_call_it(tmp_path: Path) -> None:
@@ -91,7 +79,7 @@ def test_an_endpoint_elsewhere_answers_tokens_that_may_call_it(tmp_path: Path) -
             return done.stdout.splitlines()
 
         with server:
-            type_("models", "register", str(write_doubler(tmp_path / "doubler.onnx")), "--name", "doubler")
+            type_("models", "register", str(write_scaler(tmp_path / "doubler.onnx")), "--name", "doubler")
             endpoint = type_("deploy", "doubler@1", "--endpoint", "doubler")
             assert endpoint["url"].startswith(f"https://{hosts.address(1)}:")
             url = f"{endpoint['url']}/v2/models/doubler/infer"

@@ -17,14 +17,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from millrace.client.http import HttpTransport
 from millrace.core.errors import NotFoundError
 from millrace.core.types import Endpoint
 from millrace.store.leases import process_start
+from millrace.testing.graphs import write_scaler
 from millrace.testing.server import RunningServer
 
 pytestmark = pytest.mark.xdist_group("endpoints")
@@ -35,19 +34,6 @@ def until(check: Callable[[], object], what: str, timeout_s: float = 30.0) -> No
     while not check():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
-
-
-def write_scaler(path: Path, factor: float) -> Path:
-    """y = x * factor: the answer tells which version gave it."""
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
-        "scaler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
 
 
 class Team:

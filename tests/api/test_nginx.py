@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import trustme
-from onnx import TensorProto, helper
 
+from millrace.testing.graphs import write_scaler
 from millrace.testing.namespaces import Hosts, can_make
 from millrace.testing.server import RunningServer
 
@@ -94,13 +93,6 @@ def typed(server: RunningServer, hosts: Hosts, folder: Path, token: str, *words:
     return json.loads(done.stdout)
 
 
-def write_doubler(path: Path) -> str:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 2]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "doubler", values[:1], values[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return str(path)
-
-
 def test_nginx_ends_tls_and_nobody_else_is_answered(tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -116,7 +108,7 @@ def test_nginx_ends_tls_and_nobody_else_is_answered(tmp_path: Path) -> None:
             nginx = subprocess.Popen(command, stdout=log, stderr=log)
             try:
                 owner = next(line.split()[1] for line in server.log.read_text().splitlines() if " owner " in line)
-                typed(server, hosts, tmp_path, owner, "models", "register", write_doubler(tmp_path / "doubler.onnx"),
+                typed(server, hosts, tmp_path, owner, "models", "register", str(write_scaler(tmp_path / "doubler.onnx")),
                       "--name", "doubler")  # fmt: skip
                 typed(server, hosts, tmp_path, owner, "deploy", "doubler@1", "--endpoint", "doubler")
                 lasting = typed(server, hosts, tmp_path, owner, "tokens", "create", "lasting", "--scope", "owner")[

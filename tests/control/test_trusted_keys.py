@@ -11,10 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper
 
 from millrace.cli.main import cli
 from millrace.cli.session import Session
@@ -32,6 +30,7 @@ from millrace.core.spec import Data, Register, Spec
 from millrace.core.types import Endpoint, Run, Step, TrustedKey
 from millrace.security.signing import HomeSigner
 from millrace.store.leases import acquire
+from millrace.testing.graphs import write_scaler
 from millrace.wiring import open_dispatcher, open_transport
 
 
@@ -53,14 +52,7 @@ def add(home: Dispatcher, key: HomeSigner, **more: str) -> str:
 
 def register(home: Dispatcher, folder: Path, signer: HomeSigner | None = None) -> None:
     """The model `m`; signed by somebody else, as if it had come from another home."""
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
-        "scaler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [2.0])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "m.onnx")
+    write_scaler(folder / "m.onnx")
     home.call("model.register", {"path": str(folder / "m.onnx")})
     if signer is not None:
         version = resolve_model(home.services, "m")

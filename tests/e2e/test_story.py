@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from typing_by_hand import command, environment
 
+from millrace.testing.graphs import write_scaler
 from millrace.testing.moto_server import MotoServer
 from millrace.testing.postgres import PostgresServer, new_records_url
 from millrace.testing.radosgw import Radosgw, missing_programs
@@ -75,17 +74,6 @@ class Place:
             [sys.executable, "script.py"], cwd=self.folder, env=self.environment(), check=True, timeout=60,
             stdout=subprocess.PIPE, text=True,
         ).stdout  # fmt: skip
-
-
-def write_doubler(path: Path) -> None:
-    """A model of somebody else: y = x + x."""
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "x"], ["y"])],
-        "doubler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
 def ask_http(url: str, model: str) -> tuple[str, str]:
@@ -163,7 +151,7 @@ def tell(place: Place, serving: ServedByCommand | ServedByServer) -> None:
         "succeeded", "0.1", "me",
     )  # fmt: skip
     assert view["values"]["metrics"]["loss"][2] == 49
-    write_doubler(place.folder / "own.onnx")
+    write_scaler(place.folder / "own.onnx")
     place.type("models", "register", "own.onnx", "--name", "doubler")
     place.moment("register")
     models = {(model["name"], model["version"]) for model in place.ask("models")}

@@ -25,11 +25,9 @@ from typing import Any
 import httpx
 import joblib
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx import TensorProto, helper
 
 from millrace.api.app import build_app
 from millrace.cli.main import cli
@@ -42,6 +40,7 @@ from millrace.data.tables import read_bytes
 from millrace.formats.mlflow.plain_files import PlainFiles
 from millrace.formats.mlflow.source import Problems
 from millrace.store.trees import put_files
+from millrace.testing.graphs import write_scaler
 from millrace.wiring import open_dispatcher, open_transport
 
 EXTENSIONS = (".onnx", ".pt", ".safetensors")
@@ -55,23 +54,6 @@ class Canary:
 
     def __reduce__(self) -> Any:
         return (os.mkdir, (self.path,))
-
-
-def scaler(factor: float = 2.0) -> onnx.ModelProto:
-    """y = x * factor."""
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
-        "scaler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def write_scaler(path: Path, factor: float = 2.0) -> Path:
-    path.write_bytes(scaler(factor).SerializeToString())
-    return path
 
 
 @pytest.fixture

@@ -25,25 +25,9 @@ from millrace.control.foreign import check_onnx
 from millrace.core.errors import CorruptError, InputError, MillraceError, NotFoundError, StageError
 from millrace.formats.onnx_file import MAX_DEPTH, check_model
 from millrace.formats.session import open_session
+from millrace.testing.graphs import scaler, write_scaler
 from millrace.train.torch_rebuild import _load_weights
 from millrace.wiring import open_dispatcher
-
-
-def scaler(factor: float = 2.0) -> onnx.ModelProto:
-    """y = x * factor."""
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
-        "scaler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def write_scaler(path: Path, factor: float = 2.0) -> Path:
-    path.write_bytes(scaler(factor).SerializeToString())
-    return path
 
 
 def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

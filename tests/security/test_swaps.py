@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from millrace.control.dispatch import Dispatcher
 from millrace.control.models import open_version, resolve_model
@@ -27,24 +25,8 @@ from millrace.core.types import ModelVersion
 from millrace.formats.bundle import open_bundle
 from millrace.security.signing import HomeSigner
 from millrace.serve.runtimes.onnx import OnnxRuntime
+from millrace.testing.graphs import scaler, write_scaler
 from millrace.wiring import open_dispatcher
-
-
-def scaler(factor: float = 2.0) -> onnx.ModelProto:
-    """y = x * factor."""
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
-        "scaler",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def write_scaler(path: Path, factor: float = 2.0) -> Path:
-    path.write_bytes(scaler(factor).SerializeToString())
-    return path
 
 
 @pytest.fixture

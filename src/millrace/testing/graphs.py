@@ -1,0 +1,31 @@
+"""The smallest model that shows which one it is: y = x * factor. Needs `onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+
+def scaler(factor: float = 2.0) -> onnx.ModelProto:
+    """y = x * factor, on float32 rows of 2: the answer tells which model gave it.
+
+    Example:
+        >>> [node.op_type for node in scaler(3.0).graph.node]
+        ['Mul']
+    """
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "scaler",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def write_scaler(path: Path, factor: float = 2.0) -> Path:
+    """The same as a file, which is returned."""
+    path.write_bytes(scaler(factor).SerializeToString())
+    return path
