@@ -90,6 +90,20 @@ class Writer(threading.Thread):
         return self.acknowledged
 
 
+def stop_between_transactions(pid: int, records: SqlRecords) -> None:
+    """SIGSTOP; in a transaction it would keep everybody waiting until Postgres ends that, which takes a minute."""
+    idle = (
+        "SELECT pid FROM pg_stat_activity WHERE state = 'idle in transaction' AND state_change < now() - interval '1s'"
+    )
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        if not records.read(lambda connection: connection.execute(idle).fetchall()):
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+
+
 @needs_postgres
 def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_writes_nothing_more(
     pair: tuple[RunningServer, RunningServer, SqlRecords],
@@ -100,7 +114,7 @@ def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_writes_nothing_more
     writers = [Writer(one), Writer(two)]
     for writer in writers:
         writer.start()
-    os.kill(first.pid, signal.SIGSTOP)
+    stop_between_transactions(first.pid, records)
     try:
         until(lambda: leader(records).token > first.token, "another one leads", LEASE_TTL_S + 10)
         second = leader(records)

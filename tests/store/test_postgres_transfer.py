@@ -152,7 +152,7 @@ def test_a_failed_copy_leaves_the_target_empty(
     with pytest.raises(ZeroDivisionError):
         copy_records(source, target, fail)
     assert records_digest(target) == empty
-    true_batches = transfer._batches
+    true_batches = transfer.batches
 
     def forgetful(connection: object):
         """The second walk, over the target, misses a row: as if the disk had."""
@@ -162,7 +162,7 @@ def test_a_failed_copy_leaves_the_target_empty(
 
     calls: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "_batches", forgetful)
+        patch.setattr(transfer, "batches", forgetful)
         with pytest.raises(CorruptError, match="nothing was kept"):
             copy_records(source, target)
     assert records_digest(target) == empty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 from millrace.core.errors import InputError, StageError
 from millrace.core.ports import Context
+from millrace.core.source_code import load_source
 from millrace.core.spec import Spec
 
 
@@ -47,13 +47,7 @@ def load_module(path: Path) -> ModuleType:
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path.name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_source(path)
 
 
 def _run_script(script: str, values: dict[str, Any], project: str, ctx: Context) -> dict[str, Any]:

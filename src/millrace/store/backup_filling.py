@@ -71,7 +71,7 @@ def in_bulk(connection: Connection) -> Iterator[None]:
     (before,) = connection.execute("PRAGMA cache_size").fetchone()
     connection.execute(f"PRAGMA cache_size = -{BULK_CACHE_KIB}")
     for name, _ in found:
-        connection.execute(f"DROP INDEX {transfer._quoted(name)}")
+        connection.execute(f"DROP INDEX {transfer.quoted(name)}")
     yield
     for _, sql in found:
         connection.execute(sql)
@@ -90,16 +90,16 @@ def insert(connection: Connection, name: str, columns: tuple[str, ...], rows: li
     Raises:
         CorruptError: The table is not one of ours, or a row has other columns.
     """
-    table = {str(table.name): table for table in transfer._tables()}.get(name)
+    table = {str(table.name): table for table in transfer.tables()}.get(name)
     if table is None or tuple(table.columns.keys()) != columns or not {*map(len, rows)} <= {len(columns) + 1}:
         raise CorruptError(f"the backup's table {name[:60]!r} does not fit the schema that it names")
-    names = transfer._column_names(table)
+    names = transfer.column_names(table)
     if connection.dialect == "sqlite":
-        into = f"INSERT INTO {transfer._quoted(name)} ({', '.join(names)}) VALUES "
+        into = f"INSERT INTO {transfer.quoted(name)} ({', '.join(names)}) VALUES "
         for group in (rows[first : first + INSERT_ROWS] for first in range(0, len(rows), INSERT_ROWS)):
             connection.execute(into + _marks(len(group), len(names)), list(chain.from_iterable(group)))
     else:
-        connection.insert_rows(transfer._quoted(name), names, (row[1:] for row in rows))
+        connection.insert_rows(transfer.quoted(name), names, (row[1:] for row in rows))
 
 
 @lru_cache
@@ -112,11 +112,11 @@ def _marks(rows: int, columns: int) -> str:
 def is_empty(connection: Connection) -> bool:
     """Whether no table has a row."""
     return all(
-        connection.execute(f"SELECT 1 FROM {transfer._quoted(table.name)} LIMIT 1").fetchone() is None
-        for table in transfer._tables()
+        connection.execute(f"SELECT 1 FROM {transfer.quoted(table.name)} LIMIT 1").fetchone() is None
+        for table in transfer.tables()
     )
 
 
 def go_on_counting(connection: Connection) -> None:
     """After all rows are back: new ones get numbers after theirs."""
-    transfer._go_on_counting(connection)
+    transfer.go_on_counting(connection)

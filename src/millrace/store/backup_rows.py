@@ -104,7 +104,7 @@ def pieces(
         known: What an earlier backup knows of a bucket of points; None: read it.
         stretches: What it knows of other tables.
     """
-    for table in transfer._tables():
+    for table in transfer.tables():
         if table is METRICS:
             yield from _points(connection, known)
         else:
@@ -204,7 +204,7 @@ class RecordsDigest:
 
 def read_back(connection: Connection, name: str, counts: Iterable[int]) -> Iterator[bytes]:
     """The payloads of a table's rows as they are now, so many rows in each; a last one has what else is there."""
-    table = {str(table.name): table for table in transfer._tables()}[name]
+    table = {str(table.name): table for table in transfer.tables()}[name]
     held: list[Sequence[Any]] = []
     batches = _batches(connection, table)
     for count in counts:
@@ -219,8 +219,8 @@ def read_back(connection: Connection, name: str, counts: Iterable[int]) -> Itera
 
 def read_again(connection: Connection, name: str, rows: list[tuple[Any, ...]]) -> bytes:
     """The payload of the rows from the first to the last of these, as they are now; see `named_rows_of`."""
-    table = {str(table.name): table for table in transfer._tables()}[name]
-    key = ", ".join(transfer._quoted(column.name) for column in table.primary_key)
+    table = {str(table.name): table for table in transfer.tables()}[name]
+    key = ", ".join(transfer.quoted(column.name) for column in table.primary_key)
     marks = ", ".join("?" * len(table.primary_key))
     bounds = tuple(rows[end][place + 1] for end in (0, -1) for place in _key_places(table))
     where = f"({key}) >= ({marks}) AND ({key}) <= ({marks})"
@@ -236,7 +236,7 @@ def _payload(rows: list[Sequence[Any]]) -> bytes:
 
 def columns() -> dict[str, tuple[str, ...]]:
     """The columns of every table, in the order of the tables."""
-    return {str(table.name): tuple(map(str, table.columns.keys())) for table in transfer._tables()}
+    return {str(table.name): tuple(map(str, table.columns.keys())) for table in transfer.tables()}
 
 
 def chain_at(connection: Connection, seq: int) -> str | None:
@@ -249,24 +249,24 @@ def _batches(
     connection: Connection, table: Table, where: str = "", values: tuple[Any, ...] = ()
 ) -> Iterator[list[Sequence[Any]]]:
     """The rows of one table, each with the table's name first, by primary key, a batch at a time."""
-    key = [transfer._quoted(column.name) for column in table.primary_key]
+    key = [transfer.quoted(column.name) for column in table.primary_key]
     places = [place + 1 for place in _key_places(table)]
     shown, is_plain = _shown(connection, table)
-    select = f"SELECT '{table.name}', {shown} FROM {transfer._quoted(table.name)}"
+    select = f"SELECT '{table.name}', {shown} FROM {transfer.quoted(table.name)}"
     order = f" ORDER BY {', '.join(key)} LIMIT {transfer.BATCH_ROWS}"
     after = f"({', '.join(key)}) > ({', '.join('?' * len(key))})"
     first = f" WHERE {where}" if where else ""
     again = f"{first} AND {after}" if where else f" WHERE {after}"
     found = connection.execute(select + first + order, values).fetchall()
     while found:
-        yield found if is_plain else [[row[0], *transfer._plain(table, row[1:])] for row in found]
+        yield found if is_plain else [[row[0], *transfer.plain(table, row[1:])] for row in found]
         last = [found[-1][place] for place in places]
         found = connection.execute(select + again + order, (*values, *last)).fetchall()
 
 
 def _shown(connection: Connection, table: Table) -> tuple[str, bool]:
-    """The columns in SQL; and whether the values come as `transfer._plain` would make them, which takes a while."""
-    names = transfer._column_names(table)
+    """The columns in SQL; and whether the values come as `transfer.plain` would make them, which takes a while."""
+    names = transfer.column_names(table)
     if connection.dialect != "sqlite" or any(isinstance(column.type, Boolean) for column in table.columns):
         return ", ".join(names), False
     # SQLite keeps no NaN; adding zero leaves no negative zero.
@@ -364,9 +364,9 @@ def _points(connection: Connection, known: Callable[[int], Points | None]) -> It
 
 def _last_row(connection: Connection, end: int) -> str:
     """The digest of the last point before a number."""
-    names = ", ".join(transfer._column_names(METRICS))
+    names = ", ".join(transfer.column_names(METRICS))
     row = connection.execute(f"SELECT {names} FROM metrics WHERE id < ? ORDER BY id DESC LIMIT 1", (end,)).fetchone()
-    return "" if row is None else hashlib.sha256(_encode(transfer._plain(METRICS, row))).hexdigest()
+    return "" if row is None else hashlib.sha256(_encode(transfer.plain(METRICS, row))).hexdigest()
 
 
 def _read_points(connection: Connection, bucket: int, is_full: bool) -> Piece:

@@ -68,13 +68,13 @@ def copy_records(source: SqlRecords, target: SqlRecords, progress: Callable[[str
         _refuse_rows(into)
         hasher = hashlib.sha256()
         with source.writing() as origin:
-            for table, rows in _batches(origin):
-                into.insert_rows(_quoted(table.name), _column_names(table), rows)
+            for table, rows in batches(origin):
+                into.insert_rows(quoted(table.name), column_names(table), rows)
                 _add(hasher, table, rows)
                 counts[table.name] = counts.get(table.name, 0) + len(rows)
                 if progress is not None:
                     progress(table.name, counts[table.name])
-        _go_on_counting(into)
+        go_on_counting(into)
         copied = Copied(rows=counts, digest=f"sha256:{hasher.hexdigest()}")
         if _digest(into) != copied.digest:
             raise CorruptError(
@@ -96,7 +96,7 @@ def records_digest(records: SqlRecords) -> str:
 
 def _digest(connection: Connection) -> str:
     hasher = hashlib.sha256()
-    for table, rows in _batches(connection):
+    for table, rows in batches(connection):
         _add(hasher, table, rows)
     return f"sha256:{hasher.hexdigest()}"
 
@@ -106,26 +106,26 @@ def _add(hasher: Any, table: Table, rows: list[Row]) -> None:
         hasher.update(msgspec.msgpack.encode([str(table.name), *row]))
 
 
-def _tables() -> list[Table]:
+def tables() -> list[Table]:
     """Parents before children."""
     return list(METADATA.sorted_tables)
 
 
-def _batches(connection: Connection) -> Iterator[tuple[Table, list[Row]]]:
+def batches(connection: Connection) -> Iterator[tuple[Table, list[Row]]]:
     """Every row of every table, a batch at a time, by primary key."""
-    for table in _tables():
-        names, key = _column_names(table), [_quoted(column.name) for column in table.primary_key]
+    for table in tables():
+        names, key = column_names(table), [quoted(column.name) for column in table.primary_key]
         places = [table.columns.keys().index(column.name) for column in table.primary_key]
-        select = f"SELECT {', '.join(names)} FROM {_quoted(table.name)}"
+        select = f"SELECT {', '.join(names)} FROM {quoted(table.name)}"
         order = f" ORDER BY {', '.join(key)} LIMIT {BATCH_ROWS}"
         after = f" WHERE ({', '.join(key)}) > ({', '.join('?' * len(key))})"
         found = connection.execute(select + order).fetchall()
         while found:
-            yield table, [_plain(table, row) for row in found]
+            yield table, [plain(table, row) for row in found]
             found = connection.execute(select + after + order, [found[-1][place] for place in places]).fetchall()
 
 
-def _plain(table: Table, row: tuple[Any, ...]) -> Row:
+def plain(table: Table, row: tuple[Any, ...]) -> Row:
     """Values as both databases keep them: SQLite has no booleans, no NaN and no negative zero."""
     values: Row = []
     for column, value in zip(table.columns, row, strict=True):
@@ -138,30 +138,37 @@ def _plain(table: Table, row: tuple[Any, ...]) -> Row:
 
 
 def _refuse_rows(connection: Connection) -> None:
-    for table in _tables():
-        if connection.execute(f"SELECT 1 FROM {_quoted(table.name)} LIMIT 1").fetchone() is not None:
+    for table in tables():
+        if connection.execute(f"SELECT 1 FROM {quoted(table.name)} LIMIT 1").fetchone() is not None:
             raise InputError(
                 f"the target is not empty: it has rows in the table {table.name}",
                 hint="copy into a new database or home",
             )
 
 
-def _go_on_counting(connection: Connection) -> None:
+def go_on_counting(connection: Connection) -> None:
     """New rows must get ids after the copied ones; SQLite sees to it by itself."""
     if connection.dialect != "postgres":
         return
-    for table in _tables():
+    for table in tables():
         column = table.autoincrement_column
         if column is not None:
-            newest = f"(SELECT max({_quoted(column.name)}) FROM {_quoted(table.name)})"  # NULL changes nothing
+            newest = f"(SELECT max({quoted(column.name)}) FROM {quoted(table.name)})"  # NULL changes nothing
             connection.execute(
-                f"SELECT setval(pg_get_serial_sequence(?, ?), {newest})", (_quoted(table.name), column.name)
+                f"SELECT setval(pg_get_serial_sequence(?, ?), {newest})", (quoted(table.name), column.name)
             )
 
 
-def _column_names(table: Table) -> list[str]:
-    return [_quoted(column.name) for column in table.columns]
+def column_names(table: Table) -> list[str]:
+    """Its columns, in order, as SQL names them."""
+    return [quoted(column.name) for column in table.columns]
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """A name of ours as SQL takes it, whatever word it is.
+
+    Example:
+        >>> quoted("key")
+        '"key"'
+    """
     return f'"{name}"'

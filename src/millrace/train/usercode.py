@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.facts import Task
 from millrace.core.ports import Context
+from millrace.core.source_code import load_source
 from millrace.core.spec import Spec
 from millrace.formats.dataset import DatasetReader
 from millrace.formats.feed import Feed, open_feed
@@ -77,20 +77,14 @@ def _module_names(file: str) -> Iterable[str]:
 
 
 def _load_module(path: Path, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{file} cannot be imported: want a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
     try:
-        spec.loader.exec_module(module)
+        return load_source(path)
     except SyntaxError as error:
         where = Path(error.filename or file).name
         raise InputError(f"{where}:{error.lineno}: {error.msg}", hint="correct that line") from error
     except ModuleNotFoundError as error:
         hint = f"install {error.name}, or put {error.name}.py beside {file}"
         raise InputError(f"{file}:{_last_line(error, path)}: {error.msg}", hint=hint) from error
-    return module
 
 
 def _last_line(error: BaseException, path: Path) -> int:
