@@ -21,6 +21,7 @@ from millrace.core import errors, spec
 from millrace.core.settings import SETTINGS
 from millrace.core.spec_errors import parse_spec
 from millrace.serve.catalog import Catalog
+from millrace.serve.revisions import Directory
 from millrace.wiring import open_dispatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +213,7 @@ def test_every_mounted_route_has_a_door_in_the_threat_model(tmp_path: Path) -> N
     routes = build_app(home, wants_token=True).routes
     home.close()
     mounted = {one.path for route in routes for one in getattr(route, "_by_path", {"": route}).values()}
-    serving = {target.decode() for target in Catalog("0", 0)._routes} - {"/metrics"}
+    serving = {target.decode() for target in Catalog(Directory(), "0", 0)._routes} - {"/metrics"}
     named, _ = doors()
     assert len(mounted) > 150
 

@@ -32,6 +32,7 @@ from millrace.serve.admission import Admission
 from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import DataPlane, ModelInfo
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
+from millrace.serve.revisions import Directory
 from millrace.serve.routes import Routes
 from millrace.serve.runtimes.onnx import OnnxRuntime
 from millrace.wiring import open_dispatcher
@@ -167,15 +168,14 @@ def routes(digits_bundle: Path) -> list[tuple[str, str]]:
         Admission(),
         _NoBatcher(),  # type: ignore[arg-type]
     )
-    of_model, shared = Routes(plane, "1", 1), Catalog("1", 1)
+    of_model, shared = Routes(plane, 1), Catalog(Directory(), "1", 1)
     found = {(method.decode(), path.decode()) for path, (method, _) in shared._routes.items()}
-    found |= {(method.decode(), path.decode()) for path, (method, _) in of_model._routes.items()}
-    for verb, (method, _) in of_model._models.items():
+    for verb, (method, _) in of_model.v2.items():
         for place in ("/v2/models/one", "/v2/models/one/versions/1", "/v2/models/o%6ee"):
             found.add((method.decode(), f"{place}/{verb.decode()}".rstrip("/")))
-    found |= {("POST", path.decode()) for path in of_model._posts}
+    for verb, (method, _) in of_model.v1.items():
+        found.add((method.decode(), f"/v1/models/one:{verb.decode()}".rstrip(":")))
     found |= {
-        ("GET", "/v1/models/one"),
         ("GET", "/v2/models/one/"),
         ("GET", "/nothing"),
         ("POST", "/v1/models/no:predict"),

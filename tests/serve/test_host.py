@@ -9,8 +9,10 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ class Hosting:
         told = [self.states.get(timeout=30) for _ in models]
         return {state.endpoint: state for state in told}
 
-    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any, dict[str, str]]:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            connection.request(method, path, None if body is None else json.dumps(body), headers or {})
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read()), dict(answer.headers)
         finally:
@@ -132,3 +136,42 @@ def test_a_host_ends_with_its_parent() -> None:
     while process_start(pid) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_revisions_share_requests_by_key_and_a_switch_under_load_drops_none(
+    hosting: Hosting, digits_bundle: Path
+) -> None:
+    first = model_of(digits_bundle, "digits")
+    second = msgspec.structs.replace(first, version="2")
+
+    def answered_by(key: str) -> str:
+        body = {"inputs": [{"name": "pixels", "shape": [1, 64], "datatype": "FP32", "data": [1.0] * 64}]}
+        status, found, _ = hosting.call("POST", "/v2/models/digits/infer", body, {"X-Routing-Key": key})
+        assert status == 200, found
+        return found["model_version"]
+
+    hosting.apply(first, second)
+    found = {key: answered_by(key) for key in map(str, range(60))}
+    assert {*found.values()} == {"1", "2"}
+    assert found == {key: answered_by(key) for key in found}
+    assert hosting.call("GET", "/v2/models/digits")[1]["versions"] == ["1", "2"]
+    assert hosting.call("GET", "/v2/models/digits/versions/2/ready")[0] == 200
+    stats = hosting.call("GET", "/v2/models/digits/stats")[1]["model_stats"]
+    assert {one["version"]: one["inference_count"] > 0 for one in stats} == {"1": True, "2": True}
+
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            seen.add(answered_by("x"))
+
+    with ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(load) for _ in range(4)]
+        for number in range(3, 8):
+            hosting.apply(msgspec.structs.replace(first, version=str(number)))
+        stop.set()
+        for caller in callers:
+            caller.result()
+    assert answered_by("x") == "7"
+    assert len(seen) >= 3

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from millrace.formats.session import Session, open_session
 from millrace.serve.admission import Admission
 from millrace.serve.batching import Batcher, Cost
+from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import CheckedInfer, DataPlane, ModelInfo
 from millrace.serve.exchange import Exchange
 from millrace.serve.http import Connection
-from millrace.serve.routes import Routes
+from millrace.serve.revisions import Directory, Revision
 from millrace.serve.runtimes.onnx import OnnxRuntime
 from millrace.serve.service import HttpLimits, Service
 
@@ -70,9 +71,11 @@ class Server:
         batcher = Batcher(infer, Cost(base_s=1e-6, per_row_s=1e-9), 16, loop.call_soon, loop.call_soon_threadsafe)
         info = ModelInfo(name="digits", version="1")
         self.plane = DataPlane(info, runtime, signature, Admission(), batcher)
-        self.routes = Routes(self.plane, "1", 1 << 20)
-        self.service = Service(self.routes.handle, HttpLimits())
-        self.routes.service = self.service
+        directory = Directory()
+        self.catalog = Catalog(directory, "1", 1 << 20)
+        self.service = self.catalog.service = Service(self.catalog.handle, HttpLimits())
+        directory.put("digits", [Revision(self.plane)])
+        self.endpoint = directory.find("digits")
 
     def connect(self) -> tuple[Connection, Recorder]:
         connection, transport = Connection(self.service), Recorder()
@@ -255,7 +258,8 @@ def test_any_mixture_however_it_is_cut_and_pipelined(
         for (_, transport), requests in zip(opened, asked, strict=True):
             for answer, (_, wanted) in zip(split(transport.data), [*requests, *requests], strict=True):
                 check(answer, wanted)
-        assert sum(server.plane.metrics.requests.values()) == 2 * sum(map(len, asked))
+        answered = sum(server.plane.metrics.requests.values()) + sum(server.catalog._answered.values())
+        assert answered == 2 * sum(map(len, asked))
 
     asyncio.run(main())
 
@@ -289,7 +293,7 @@ def test_the_stores_of_heads_are_bounded(runtime: OnnxRuntime, session: Session)
     async def main() -> None:
         server = Server(runtime)
         connection, transport = server.connect()
-        codec = server.routes.inference.codec
+        codec = server.catalog._routes_of(server.plane, server.endpoint).inference.codec
         kept = set()
         for number in range(1100):
             connection.data_received(binary(values, b"X-Number: %d\r\n" % number, note=number))

@@ -1,35 +1,44 @@
-"""Which model a request names: many models at one address, each with the routes that it would have alone."""
+"""HTTP's view of a directory: which route a request means, for any number of endpoints at one address."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from millrace.core.errors import MillraceError, NotFoundError
 from millrace.serve import documents
 from millrace.serve.access import model_of, path_of
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.exchange import Exchange
-from millrace.serve.routes import Routes
+from millrace.serve.metrics import server_lines
+from millrace.serve.revisions import Directory, Revisions
+from millrace.serve.routes import Route, Routes
 from millrace.serve.service import Service
 
 _PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
+KEY_HEADER = b"x-routing-key"  # requests with the same one go to the same revision
+_PREDICTING = frozenset({b"infer", b"predict"})
 
 
 class Catalog:
-    """The handler of a `Service` with any number of models. For the event loop's thread.
+    """The handler of a `Service`. For the event loop's thread.
 
     Args:
+        directory: What is served.
         server_version: For the metadata.
         max_body_bytes: Also of a body that comes compressed.
     """
 
-    def __init__(self, server_version: str, max_body_bytes: int) -> None:
+    def __init__(self, directory: Directory, server_version: str, max_body_bytes: int) -> None:
+        self.directory = directory
         self.service: Service  # set by the server, which needs the handler first
         self._version, self._max_body_bytes = server_version, max_body_bytes
-        self._models: dict[bytes, Routes] = {}
-        self._absent: dict[bytes, str] = {}
-        self.is_told = False  # what to serve; before that, nobody's model is unknown
-        self._refused = 0
+        self._models: WeakKeyDictionary[DataPlane, Routes] = WeakKeyDictionary()
+        self._answered: Counter[int] = Counter()  # without a model, by status
+        self._targets: dict[bytes, Route] = {}  # of POSTs that always mean the same
+        directory.changed.append(self._forget)
         self._routes: dict[bytes, tuple[bytes, Callable[[Exchange], None]]] = {
             b"/v2/health/live": (b"GET", self._live),
             b"/v2/health/ready": (b"GET", self._ready),
@@ -40,69 +49,85 @@ class Catalog:
             b"/metrics": (b"GET", self._metrics),
         }
 
-    def put(self, plane: DataPlane) -> DataPlane | None:
-        """Serve a model from the next request on; the one that it replaces, whose requests still run."""
-        name = plane.info.name.encode()
-        old = self._models.get(name)
-        routes = Routes(plane, self._version, self._max_body_bytes)
-        routes.service = self.service
-        self._models[name] = routes
-        self._absent.pop(name, None)
-        self.service.forget_heads()  # which lead to the routes of the old one
-        return old.plane if old is not None else None
-
-    def remove(self, name: str) -> DataPlane | None:
-        """Serve a model no longer."""
-        self._absent.pop(name.encode(), None)
-        old = self._models.pop(name.encode(), None)
+    def _forget(self) -> None:
+        """What was served under a name may be served by another model now."""
+        self._targets.clear()
         self.service.forget_heads()
-        return old.plane if old is not None else None
 
-    def excuse(self, name: str, why: str) -> None:
-        """Say of a model that is to be served why it is not (yet), for as long as there is none."""
-        self._absent[name.encode()] = why
-
-    def excused(self) -> list[str]:
-        """The models of which that was said."""
-        return [name.decode() for name in self._absent]
+    # ------------------------------------------------------------------ routing
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, or queue it."""
-        path = path_of(exchange.head.target)
-        found = self._routes.get(path)
-        if found is None:
-            routes = self._models.get(model_of(path))
-            if routes is None:
-                self._unknown(exchange, path)
-            else:
-                routes.handle(exchange)
+        head = exchange.head
+        known = self._targets.get(head.target)
+        if known is not None and head.method == b"POST":
+            head.route = known  # where the head is known again
+            known(exchange)
             return
-        method, route = found
-        if exchange.head.method == method or (method == b"GET" and exchange.head.method == b"HEAD"):
-            route(exchange)
+        try:
+            path = path_of(head.target)
+            method, route = self._routes.get(path) or self._find(path, exchange)
+        except MillraceError as error:
+            is_missing = isinstance(error, NotFoundError)
+            self._error(
+                exchange, 404 if is_missing else 503, error.message, b"" if is_missing else b"Retry-After: 1\r\n"
+            )
+            return
+        if head.method != method and not (method == b"GET" and head.method == b"HEAD"):
+            given = head.method[:20].decode("latin-1")
+            self._error(exchange, 405, f"want {method.decode()}, got {given}", b"Allow: %s\r\n" % method)
+            return
+        route(exchange)
+
+    def _find(self, path: bytes, exchange: Exchange) -> tuple[bytes, Route]:
+        """The route of a model's path.
+
+        Raises:
+            NotFoundError: There is none.
+            UnavailableError: There will be.
+        """
+        name = model_of(path)
+        if not name:
+            raise _nothing_at(path)
+        endpoint = self.directory.find(name.decode("utf-8", "replace"))
+        parts = path.split(b"/")
+        if parts[1] == b"v1":
+            verb, rest, plane = parts[3].partition(b":")[2], parts[4:], None
         else:
-            given = exchange.head.method[:20].decode("latin-1")
-            exchange.reply_error(405, f"want {method.decode()}, got {given}", b"Allow: %s\r\n" % method)
+            rest, plane = parts[4:], None
+            if rest[:1] == [b"versions"] and len(rest) >= 2:
+                plane, rest = endpoint.at(rest[1].decode("utf-8", "replace")), rest[2:]
+            verb, rest = b"".join(rest[:1]), rest[1:]
+        always = plane or (endpoint.primary if endpoint.is_single or verb not in _PREDICTING else None)
+        routes = self._routes_of(always or endpoint.pick(exchange.head.headers.get(KEY_HEADER)), endpoint)
+        found = (routes.v1 if parts[1] == b"v1" else routes.v2).get(verb)
+        if found is None or rest:
+            raise _nothing_at(path)
+        if plane is None and verb == b"stats":
+            return b"GET", lambda exchange: self._statistics_of([endpoint], exchange)
+        if always is not None and verb in _PREDICTING and len(self._targets) < 1024:
+            self._targets[exchange.head.target] = found[1]
+        return found
+
+    def _routes_of(self, plane: DataPlane, endpoint: Revisions) -> Routes:
+        routes = self._models.get(plane)
+        if routes is None:
+            routes = self._models[plane] = Routes(plane, self._max_body_bytes)
+        routes.versions = list(endpoint.all)
+        routes.inference.is_pinned = endpoint.is_single
+        return routes
 
     def count_refused(self, status: int) -> None:
         """Count an answer that the HTTP layer gave by itself."""
-        self._refused += 1
+        self._answered[status] += 1
 
-    def _unknown(self, exchange: Exchange, path: bytes) -> None:
-        self._refused += 1
-        name = model_of(path)
-        if not name:
-            exchange.reply_error(404, f"there is nothing at {path[:200].decode('utf-8', 'replace')}")
-            return
-        why = self._absent.get(name, "" if self.is_told else "it is just starting")
-        if why:
-            text = f"model {name[:80].decode('utf-8', 'replace')!r} is not served at this moment: {why}"
-            exchange.reply_error(503, text, b"Retry-After: 1\r\n")
-            return
-        known = ", ".join(sorted(one.decode() for one in self._models)) or "none"
-        exchange.reply_error(
-            404, f"model {name[:80].decode('utf-8', 'replace')!r} is not served here: want one of {known}"
-        )
+    def _error(self, exchange: Exchange, status: int, message: str, headers: bytes) -> None:
+        self._answered[status] += 1
+        exchange.reply_error(status, message, headers)
+
+    def _json(self, exchange: Exchange, value: Any, status: int = 200) -> None:
+        self._answered[status] += 1
+        exchange.reply_json(status, value)
 
     # ------------------------------------------------------------------ documents
 
@@ -111,41 +136,56 @@ class Catalog:
         """The paths that concern all models."""
         return list(self._routes)
 
-    def _planes(self, exchange: Exchange) -> list[DataPlane]:
-        """Those that whoever asks may call."""
+    def _visible(self, exchange: Exchange) -> list[Revisions]:
+        """What whoever asks may call."""
         guard, headers = self.service.guard, exchange.head.headers
-        planes = [self._models[name].plane for name in sorted(self._models)]
-        return planes if guard is None else [one for one in planes if guard.sees(headers, one.info.name)]
+        return [one for one in self.directory if guard is None or guard.sees(headers, one.name)]
 
     def _live(self, exchange: Exchange) -> None:
-        exchange.reply_json(200, {"live": True})
+        self._json(exchange, {"live": True})
 
     def _ready(self, exchange: Exchange) -> None:
-        ready = self.is_told and all(routes.plane.is_ready for routes in self._models.values())
-        exchange.reply_json(200 if ready else 503, {"ready": ready})
+        ready = self.directory.is_ready
+        self._json(exchange, {"ready": ready}, 200 if ready else 503)
 
     def _metadata(self, exchange: Exchange) -> None:
-        exchange.reply_json(200, documents.server_metadata(self._version))
+        self._json(exchange, documents.server_metadata(self._version))
 
     def _statistics(self, exchange: Exchange) -> None:
+        self._statistics_of(self._visible(exchange), exchange)
+
+    def _statistics_of(self, endpoints: list[Revisions], exchange: Exchange) -> None:
         parts: list[Any] = []
-        for plane in self._planes(exchange):
+        for plane in [plane for endpoint in endpoints for plane in endpoint.planes]:
             parts += documents.statistics(plane.info.name, plane.info.version, plane.metrics)["model_stats"]
-        exchange.reply_json(200, {"model_stats": parts})
+        self._json(exchange, {"model_stats": parts})
 
     def _index(self, exchange: Exchange) -> None:
-        exchange.reply_json(200, [
+        self._json(exchange, [
             {"name": plane.info.name, "version": plane.info.version,
              "state": "READY" if plane.is_ready else "UNAVAILABLE", "reason": ""}
-            for plane in self._planes(exchange)
+            for endpoint in self._visible(exchange) for plane in endpoint.planes
         ])  # fmt: skip
 
     def _list(self, exchange: Exchange) -> None:
-        exchange.reply_json(200, {"models": [plane.info.name for plane in self._planes(exchange)]})
+        self._json(exchange, {"models": [endpoint.name for endpoint in self._visible(exchange)]})
 
     def _metrics(self, exchange: Exchange) -> None:
-        texts = [self._models[plane.info.name.encode()].exposition() for plane in self._planes(exchange)]
-        exchange.reply(200, merge_expositions(texts).encode(), _PROMETHEUS)
+        self._answered[200] += 1
+        exchange.reply(200, self.exposition(self._visible(exchange)).encode(), _PROMETHEUS)
+
+    def exposition(self, endpoints: list[Revisions]) -> str:
+        """The metrics of some endpoints, and of the server, in Prometheus' text format."""
+        denied = self.service.guard.denied if self.service.guard is not None else Counter[str]()
+        texts = [
+            self._routes_of(plane, endpoint).exposition(denied[endpoint.name])
+            for endpoint in endpoints for plane in endpoint.planes
+        ]  # fmt: skip
+        return merge_expositions([*texts, server_lines(self._answered, len(self.service.connections))])
+
+
+def _nothing_at(path: bytes) -> NotFoundError:
+    return NotFoundError(f"there is nothing at {path[:200].decode('utf-8', 'replace')}")
 
 
 def merge_expositions(texts: list[str]) -> str:

@@ -15,13 +15,13 @@ def server_metadata(version: str) -> dict[str, Any]:
     return {"name": "millrace", "version": version, "extensions": extensions}
 
 
-def model_metadata(name: str, version: str, signature: Signature) -> dict[str, Any]:
+def model_metadata(name: str, versions: list[str], signature: Signature) -> dict[str, Any]:
     """`GET /v2/models/{name}`.
 
     Example:
         >>> value = TensorSpec(name="value", dtype="float32", shape=[-1, 1])
         >>> model = Signature(task="regression", inputs=[], outputs=[value], label="y")
-        >>> model_metadata("m", "1", model)["outputs"]
+        >>> model_metadata("m", ["1"], model)["outputs"]
         [{'name': 'value', 'datatype': 'FP32', 'shape': [-1, 1]}]
     """
 
@@ -30,7 +30,7 @@ def model_metadata(name: str, version: str, signature: Signature) -> dict[str, A
 
     return {
         "name": name,
-        "versions": [version],
+        "versions": versions,
         "platform": "onnxruntime_onnx",
         "inputs": described(signature.inputs),
         "outputs": described(signature.outputs),

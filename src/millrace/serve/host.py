@@ -14,15 +14,13 @@ import msgspec
 import uvloop
 
 from millrace.core.errors import InputError, MillraceError
-from millrace.core.extras import version_of
 from millrace.serve.access import Guard
-from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.hosting import HostConfig, Hosted, HostedModel, ModelState
 from millrace.serve.listen import bind
+from millrace.serve.revisions import Revision
 from millrace.serve.runtimes.onnx import OnnxRuntime
-from millrace.serve.server import DISTRIBUTION, ServerConfig, Serving, TelemetryPump, build_plane
-from millrace.serve.service import Service
+from millrace.serve.server import ServerConfig, Serving, TelemetryPump, build_plane
 from millrace.serve.telemetry import TelemetryWriter
 
 MAX_LINE_BYTES = 64 << 20  # reference profiles travel with the models
@@ -39,10 +37,10 @@ def say(message: dict[str, Any]) -> None:
 class Host:
     """Loads and unloads; made inside the running loop."""
 
-    def __init__(self, config: HostConfig, serving: Serving, catalog: Catalog) -> None:
-        self._config, self._serving, self._catalog = config, serving, catalog
+    def __init__(self, config: HostConfig, serving: Serving) -> None:
+        self._config, self._serving, self._directory = config, serving, serving.directory
         self._writer = TelemetryWriter(config.telemetry_fd)
-        self._loaded: dict[str, HostedModel] = {}
+        self._loaded: dict[str, dict[str, tuple[HostedModel, DataPlane]]] = {}  # by endpoint and version
         self._wanted: asyncio.Queue[list[HostedModel]] = asyncio.Queue()
 
     async def follow(self, lines: asyncio.StreamReader) -> None:
@@ -63,56 +61,70 @@ class Host:
             await self._apply(await self._wanted.get())
 
     async def _apply(self, models: list[HostedModel]) -> None:
-        wanted = {model.endpoint: model for model in models}
+        wanted: dict[str, list[HostedModel]] = {}
+        for model in models:
+            wanted.setdefault(model.endpoint, []).append(model)
         if (guard := self._serving.service.guard) is not None:
             guard.serve({model.endpoint: model.project for model in models})
-        for name in self._catalog.excused():
-            if name not in wanted:
-                self._catalog.remove(name)
+        for name in {*self._directory.excused(), *self._loaded} - wanted.keys():
+            self._retire(self._directory.remove(name))
+            self._loaded.pop(name, None)
         for name in wanted.keys() - self._loaded.keys():
-            self._catalog.excuse(name, "it is being loaded")
-        self._catalog.is_told = True
-        for name in [name for name in self._loaded if name not in wanted]:
-            self._retire(self._catalog.remove(name))
-            del self._loaded[name], self._serving.planes[name], self._serving.pumps[name]
-        for model in models:
-            error = None
-            if self._loaded.get(model.endpoint) != model:
-                error = await self._load(model)
-                if error is not None and model.endpoint not in self._loaded:
-                    self._catalog.excuse(model.endpoint, error["message"])
-            state = ModelState(endpoint=model.endpoint, version=model.version, error=error)
-            say(msgspec.to_builtins(state, enc_hook=str))
+            self._directory.excuse(name, "it is being loaded")
+        self._directory.is_told = True
+        for name, revisions in wanted.items():
+            await self._apply_revisions(name, revisions)
 
-    async def _load(self, model: HostedModel) -> dict[str, Any] | None:
-        """Load, self-test and calibrate in a thread; then take the place of the version before. What failed."""
-        loop = asyncio.get_running_loop()
-        try:
-            plane = await asyncio.to_thread(_plane_of, model, loop)
-        except MillraceError as error:
-            return error.to_dict()
-        pump = self._serving.pumps.pop(model.endpoint, None)
-        if pump is not None:
-            pump.send()
-        self._retire(self._catalog.put(plane))
-        self._loaded[model.endpoint] = model
-        self._serving.planes[model.endpoint] = plane
-        self._serving.pumps[model.endpoint] = TelemetryPump(plane, self._writer)
-        return None
+    async def _apply_revisions(self, name: str, wanted: list[HostedModel]) -> None:
+        """Load what is new, then let it take the place of what is not wanted; where nothing is, that stays."""
+        loaded = self._loaded.setdefault(name, {})
+        serving: dict[str, tuple[HostedModel, DataPlane]] = {}
+        errors: dict[str, dict[str, Any] | None] = {}
+        for model in wanted:
+            before = loaded.get(model.version)
+            try:
+                plane = before[1] if before and _is_same(before[0], model) else await self._load(model)
+            except MillraceError as error:
+                errors[model.version] = error.to_dict()
+                if before is not None:
+                    serving[model.version] = before
+            else:
+                errors[model.version] = None
+                serving[model.version] = (model, plane)
+        revisions = [Revision(plane, model.weight, model.is_shadow) for model, plane in serving.values()]
+        if any(one.weight > 0 and not one.is_shadow for one in revisions):
+            self._loaded[name] = serving
+            self._retire(self._directory.put(name, revisions))
+        elif not loaded:
+            del self._loaded[name]
+            self._directory.excuse(name, next(error["message"] for error in errors.values() if error))
+        for version, error in errors.items():
+            say(msgspec.to_builtins(ModelState(endpoint=name, version=version, error=error), enc_hook=str))
 
-    def _retire(self, plane: DataPlane | None) -> None:
-        """Let the old one answer what it has taken, then free it."""
-        if plane is not None:
-            asyncio.get_running_loop().create_task(_drain(plane))
+    async def _load(self, model: HostedModel) -> DataPlane:
+        """Load, self-test and calibrate in a thread."""
+        plane = await asyncio.to_thread(_plane_of, model, asyncio.get_running_loop())
+        self._serving.pumps[plane] = TelemetryPump(plane, self._writer)
+        return plane
+
+    def _retire(self, planes: list[DataPlane]) -> None:
+        """Let the old ones answer what they have taken, then free them."""
+        for plane in planes:
+            asyncio.get_running_loop().create_task(self._drain(plane))
+
+    async def _drain(self, plane: DataPlane) -> None:
+        waited_s = 0.0
+        while plane.admission.waiting and waited_s < RETIRE_S:
+            await asyncio.sleep(0.05)
+            waited_s += 0.05
+        self._serving.pumps.pop(plane).send()
+        await asyncio.to_thread(plane.batcher.close, wait_s=1.0)
+        plane.runtime.unload()
 
 
-async def _drain(plane: DataPlane) -> None:
-    waited_s = 0.0
-    while plane.admission.waiting and waited_s < RETIRE_S:
-        await asyncio.sleep(0.05)
-        waited_s += 0.05
-    await asyncio.to_thread(plane.batcher.close, wait_s=1.0)
-    plane.runtime.unload()
+def _is_same(one: HostedModel, other: HostedModel) -> bool:
+    """Whether they differ in nothing but their share of the requests."""
+    return msgspec.structs.replace(one, weight=other.weight, is_shadow=other.is_shadow) == other
 
 
 def _plane_of(model: HostedModel, loop: asyncio.AbstractEventLoop) -> DataPlane:
@@ -128,21 +140,18 @@ def _plane_of(model: HostedModel, loop: asyncio.AbstractEventLoop) -> DataPlane:
 
 
 async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
-    catalog = Catalog(version_of(DISTRIBUTION), config.limits.max_body_bytes)
-    service = Service(catalog.handle, config.limits, frozenset(config.allowed_hosts))
-    service.refused = catalog.count_refused
-    catalog.service = service
-    service.guard = Guard(catalog.shared) if config.wants_token else None
-    service.proxies = tuple(config.proxies)
     tls = _tls(config)
     serving = Serving(
-        service, drain_s=config.drain_s, telemetry_interval_s=config.telemetry_interval_s,
-        parent_pid=config.parent_pid, tls=tls,
+        config.limits, config.allowed_hosts, drain_s=config.drain_s,
+        telemetry_interval_s=config.telemetry_interval_s, parent_pid=config.parent_pid, tls=tls,
     )  # fmt: skip
+    service = serving.service
+    service.guard = Guard(serving.catalog.shared) if config.wants_token else None
+    service.proxies = tuple(config.proxies)
     is_guarded = config.wants_token and (tls is not None or bool(config.proxies))
     listener = bind(config.host, config.port, is_guarded=is_guarded)
     lines = await lines_of()
-    tasks = [asyncio.create_task(Host(config, serving, catalog).follow(lines))]
+    tasks = [asyncio.create_task(Host(config, serving).follow(lines))]
     if service.guard is not None:
         tasks.append(asyncio.create_task(_tell_denied(service.guard)))
     try:

@@ -44,13 +44,18 @@ class HostConfig(Struct, frozen=True, kw_only=True):
 
 
 class HostedModel(Struct, frozen=True, kw_only=True):
-    """A model to be served: requests name `endpoint` as their model."""
+    """A model to be served: requests name `endpoint` as their model.
+
+    Several with the same endpoint are its revisions: `weight` and `is_shadow` as of `revisions.Revision`.
+    """
 
     endpoint: str
     project: str = "default"
     bundle_dir: str
     digest: str
     version: str
+    weight: float = 1.0
+    is_shadow: bool = False
     variant: str
     asked_variant: str = ""
     threads: int = 1

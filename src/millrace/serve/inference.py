@@ -128,6 +128,7 @@ class Inference:
         self._max_body_bytes = max_body_bytes
         self.requests = plane.metrics.requests
         self.answers = Answers(self.codec, plane.signature)
+        self.is_pinned = True  # whether what came here once comes here again, for as long as its head is known
 
     def infer(self, exchange: Exchange) -> None:
         """V2: `POST /v2/models/{name}[/versions/{version}]/infer`."""
@@ -140,7 +141,7 @@ class Inference:
         except InputError as error:
             self.fail(exchange, "infer", error)
             return
-        if request.repeats and is_plain:
+        if request.repeats and is_plain and self.is_pinned:
             exchange.head.route = Repeats(self, request.repeats, len(body), request.wanted, self.codec.packing).infer
         job = InferJob(request.tensors, len(exchange.data) - exchange.body_at, self.codec.packing, request.data)
         job.wanted = request.wanted

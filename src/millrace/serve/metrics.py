@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 METRICS: dict[str, tuple[str, str]] = {
-    "millrace_requests_total": ("counter", "Answered requests by route and status code."),
+    "millrace_requests_total": (
+        "counter",
+        "Answered requests by route and status code; of no model: with an empty one.",
+    ),
     "millrace_denied_total": ("counter", "Requests refused for want of a token that may call the model."),
     "millrace_rows_total": ("counter", "Rows that the model has answered."),
     "millrace_calls_total": ("counter", "Calls of the model; rows / calls is the mean batch."),
@@ -20,9 +23,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "millrace_queue_seconds_total": ("counter", "Time that requests waited for the model."),
     "millrace_queue_requests": ("gauge", "Requests that wait or run now."),
     "millrace_queue_limit": ("gauge", "Requests that may wait or run at once; more are refused."),
-    "millrace_connections": ("gauge", "Open connections."),
+    "millrace_connections": ("gauge", "Open connections of the server."),
     "millrace_ready": ("gauge", "1 when ready, 0 while starting or draining."),
 }
+SERVER_METRICS = frozenset({"millrace_connections"})  # of no model
 LATENCY_BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FOLD_AT = 4096
@@ -153,8 +157,10 @@ class Metrics:
         }
         buckets = {"millrace_request_seconds": self.latency, "millrace_batch_rows": self.batch_rows}
         lines: list[str] = []
-        for name, (kind, text) in METRICS.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for name in METRICS:
+            if name in SERVER_METRICS:
+                continue
+            lines += _head_lines(name)
             if name == "millrace_requests_total":
                 lines += [
                     f'{name}{{{labels},route="{route}",code="{status}"}} {count}'
@@ -165,6 +171,30 @@ class Metrics:
             else:
                 lines.append(f"{name}{{{labels}}} {values.get(name, 0):.10g}")
         return "\n".join(lines) + "\n"
+
+
+def server_lines(answered: Mapping[int, int], connections: int) -> str:
+    """What no model answered, as Prometheus text.
+
+    Args:
+        answered: Requests by status.
+        connections: Open ones.
+
+    Example:
+        >>> server_lines({404: 2}, 1).splitlines()[2]
+        'millrace_requests_total{model="",version="",route="other",code="404"} 2'
+    """
+    lines = _head_lines("millrace_requests_total")
+    labels = 'model="",version="",route="other"'
+    lines += [
+        f'millrace_requests_total{{{labels},code="{status}"}} {count}' for status, count in sorted(answered.items())
+    ]
+    return "\n".join([*lines, *_head_lines("millrace_connections"), f"millrace_connections {connections}"]) + "\n"
+
+
+def _head_lines(name: str) -> list[str]:
+    kind, text = METRICS[name]
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
 
 
 def _bucket_lines(name: str, labels: str, counts: BucketCounts) -> list[str]:

@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,10 +23,11 @@ from millrace.core.types import Struct
 from millrace.formats.signature import Signature
 from millrace.serve.admission import Admission
 from millrace.serve.batching import Batcher, calibrate
+from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import CheckedInfer, DataPlane, ModelInfo, sample_of
 from millrace.serve.http import Connection
 from millrace.serve.listen import BACKLOG, bind
-from millrace.serve.routes import Routes
+from millrace.serve.revisions import Directory, Revision
 from millrace.serve.service import HttpLimits, Service
 from millrace.serve.telemetry import Collector, TelemetryFrame, TelemetryWriter, difference
 from millrace.stats.histogram import layout_from_reference
@@ -101,18 +102,15 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
     listener = bind(config.host, config.port)
 
     async def serve() -> int:
-        plane = build_plane(config, runtime, signature, asyncio.get_running_loop())
-        routes = Routes(plane, version_of(DISTRIBUTION), config.limits.max_body_bytes)
-        service = Service(routes.handle, config.limits, frozenset(config.allowed_hosts))
-        service.refused = routes.count_refused
-        routes.service = service
         serving = Serving(
-            service, drain_s=config.drain_s, telemetry_interval_s=config.telemetry_interval_s,
-            parent_pid=config.parent_pid,
+            config.limits, config.allowed_hosts, drain_s=config.drain_s,
+            telemetry_interval_s=config.telemetry_interval_s, parent_pid=config.parent_pid,
         )  # fmt: skip
-        serving.planes[config.name] = plane
+        plane = build_plane(config, runtime, signature, asyncio.get_running_loop())
+        serving.directory.put(config.name, [Revision(plane)])
+        serving.directory.is_told = True
         if telemetry_fd is not None:
-            serving.pumps[config.name] = TelemetryPump(plane, TelemetryWriter(telemetry_fd))
+            serving.pumps[plane] = TelemetryPump(plane, TelemetryWriter(telemetry_fd))
         return await serving.run(listener)
 
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -147,10 +145,11 @@ def build_plane(
 
 
 class Serving:
-    """Accepts, ticks and drains over any number of data planes; made inside the running loop.
+    """Accepts, ticks and drains over whatever its directory holds; made inside the running loop.
 
     Args:
-        service: What the connections share.
+        limits: Of a connection.
+        allowed_hosts: Besides the loopback ones.
         drain_s: How long requests in flight may take once told to stop.
         telemetry_interval_s: How often pumps send.
         parent_pid: Stop when that process is no longer the parent.
@@ -158,14 +157,16 @@ class Serving:
     """
 
     def __init__(
-        self, service: Service, *, drain_s: float, telemetry_interval_s: float, parent_pid: int | None,
-        tls: ssl.SSLContext | None = None,
+        self, limits: HttpLimits, allowed_hosts: Iterable[str], *, drain_s: float, telemetry_interval_s: float,
+        parent_pid: int | None, tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
-        self.service = service
+        self.directory = Directory()
+        self.catalog = Catalog(self.directory, version_of(DISTRIBUTION), limits.max_body_bytes)
+        self.service = self.catalog.service = Service(self.catalog.handle, limits, frozenset(allowed_hosts))
+        self.service.refused = self.catalog.count_refused
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE_S}
         self.stop = asyncio.Event()
-        self.planes: dict[str, DataPlane] = {}
-        self.pumps: dict[str, TelemetryPump] = {}
+        self.pumps: dict[DataPlane, TelemetryPump] = {}
         self._drain_s, self._telemetry_interval_s, self._parent_pid = drain_s, telemetry_interval_s, parent_pid
 
     async def run(self, listener: socket.socket) -> int:
@@ -179,19 +180,24 @@ class Serving:
         ticker = asyncio.create_task(self._tick())
         await self.stop.wait()
         self.service.is_draining = True
-        for plane in self.planes.values():
+        for plane in self.planes:
             plane.admission.is_draining = True
         await self._accept_rest(server, spare)
         is_clean = await self._finish_in_flight()
         ticker.cancel()
-        for plane in self.planes.values():
+        for plane in self.planes:
             plane.batcher.close(wait_s=5.0 if is_clean else 0.0)
         self.service.abort()
         for pump in self.pumps.values():
             pump.finish()
-        for plane in self.planes.values():
+        for plane in self.planes:
             plane.runtime.unload()
         return 0 if is_clean else 1
+
+    @property
+    def planes(self) -> list[DataPlane]:
+        """Everything that is loaded."""
+        return [plane for endpoint in self.directory for plane in endpoint.planes]
 
     async def _accept_rest(self, server: asyncio.AbstractServer, spare: socket.socket) -> None:
         """Take who is in the backlog: closing it would reset clients that have sent already."""
@@ -265,6 +271,7 @@ class TelemetryPump:
         rows = taken.rows if taken is not None else 0
         frame = TelemetryFrame(
             endpoint=self._plane.info.name,
+            version=self._plane.info.version,
             rows=rows,
             histograms=taken.to_dict() if taken is not None and rows else None,
             counters=difference(counters, self._sent),

@@ -31,6 +31,7 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     """
 
     endpoint: str = ""
+    version: str = ""
     rows: int = 0
     histograms: dict[str, Any] | None = None
     counters: dict[str, float] = {}
