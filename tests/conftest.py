@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import psutil
 import pytest
+from argon2 import PasswordHasher
 
 MEMORY_FOLDER = "/dev/shm"
 FREE_BYTES = 8 << 30  # a whole run leaves one or two GB, and pytest keeps the last three
+DAY = "MILLRACE_TEST_DAY"  # set once, so that all processes of a run choose the same
 
 
 def pytest_configure() -> None:
@@ -18,6 +22,7 @@ def pytest_configure() -> None:
 
     TMPDIR chooses another place, for example a real disk.
     """
+    os.environ.setdefault(DAY, str(datetime.now(UTC).toordinal()))
     if "TMPDIR" in os.environ or not os.access(MEMORY_FOLDER, os.W_OK):
         return
     place = os.statvfs(MEMORY_FOLDER)
@@ -36,6 +41,26 @@ def shared_by_a_module(item: pytest.Item) -> str:
     return "-".join([item.nodeid.partition("::")[0], *chosen]) if shared else ""
 
 
+def rotate(items: list[pytest.Item], day: int) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Which tests run on a day, and which on others: of a test marked `rotating(n)` n of its parameters."""
+    groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("rotating") is not None:
+            groups[item.nodeid.partition("[")[0]].append(item)
+    absent: set[pytest.Item] = set()
+    for group in groups.values():
+        mark = group[0].get_closest_marker("rotating")
+        count = int(mark.args[0]) if mark is not None else len(group)
+        first = day * count % len(group)
+        absent |= {item for place, item in enumerate(group) if (place - first) % len(group) >= count}
+    return [item for item in items if item not in absent], [item for item in items if item in absent]
+
+
+def pytest_report_header() -> str:
+    """Which part of the rotating tests this is."""
+    return f"rotating tests of day {os.environ[DAY]} ({DAY} chooses another, MILLRACE_ALL_TESTS=1 all of them)"
+
+
 def tell_xdist(item: pytest.Item) -> None:
     """xdist 3.8 writes the group where pytest 9.2 no longer looks: https://github.com/pytest-dev/pytest-xdist/issues/1386"""
     groups = sorted({str(mark.args[0]) for mark in item.iter_markers("xdist_group")})
@@ -46,6 +71,9 @@ def tell_xdist(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Give every test that needs one its group, so that with -n it runs in the process of those it shares with."""
+    if not os.environ.get("MILLRACE_ALL_TESTS"):
+        items[:], others = rotate(items, int(os.environ[DAY]))
+        config.hook.pytest_deselected(items=others)
     for item in items:
         if item.get_closest_marker("xdist_group") is None and (group := shared_by_a_module(item)):
             item.add_marker(pytest.mark.xdist_group(group))
@@ -53,3 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if getattr(config.option, "loadgroup", False):
         for item in items:
             tell_xdist(item)
+
+
+@pytest.fixture
+def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing costs next to nothing: for tests of what passwords open, not of how they are kept."""
+    quick = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    monkeypatch.setattr("millrace.security.passwords._HASHER", quick)
+    monkeypatch.setattr("millrace.security.passwords._nobodys", lambda: quick.hash("nobody"))

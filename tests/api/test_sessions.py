@@ -25,6 +25,8 @@ from millrace.core.errors import InputError
 from millrace.core.types import Session, User
 from millrace.wiring import open_dispatcher
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 PASSWORD = "blue tractor on mars"
 HTTP, HTTPS = "http://127.0.0.1", "https://127.0.0.1"
 
@@ -237,6 +239,7 @@ def test_what_was_wrong_is_not_said(app: Any, home: Dispatcher) -> None:
 
 
 def test_an_account_is_not_looked_at_for_a_while(app: Any, home: Dispatcher) -> None:
+    home.services.clock = FakeClock(home.services.clock.now())
     for number in range(FREE_FAILURES + 1):
         assert Browser(app, address=f"10.2.0.{number}").enter(password="wrong").status_code == 401
     assert Browser(app, address="10.2.1.1").enter().status_code == 401, "the right one neither"
@@ -246,7 +249,10 @@ def test_an_account_is_not_looked_at_for_a_while(app: Any, home: Dispatcher) -> 
     assert Browser(app, address="10.2.1.1").enter().status_code == 303
 
 
-def test_an_address_has_to_wait(app: Any) -> None:
+def test_an_address_has_to_wait(home: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login, "FAILED_S", 0.0)
+    home.services.clock = FakeClock(home.services.clock.now())
+    app = build_app(home, wants_token=True)
     guesser = Browser(app, address="10.3.0.1")
     statuses = []
     for number in range(sessions.FREE_FAILURES + 1):

@@ -26,6 +26,8 @@ from millrace.core.types import Event, RoleBinding, Session, Token, User
 from millrace.security import totp
 from millrace.wiring import open_dispatcher, open_transport
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 PASSWORD, OTHER = "blue tractor on mars", "seven green umbrellas"
 
 

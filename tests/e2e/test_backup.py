@@ -110,6 +110,7 @@ def millrace(*arguments: str, code: int = 0, **variables: str) -> Any:
     return json.loads(done.stdout) if code == 0 else done.stdout
 
 
+@pytest.mark.rotating(1)
 def test_under_load_from_sqlite_to_postgres_and_s3_and_back(tmp_path: Path, store: dict[str, str]) -> None:
     home, to = str(tmp_path / "home"), "s3://millrace/backups"
     keyed = {**store, "BACKUP_KEY": KEY}

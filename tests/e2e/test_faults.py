@@ -38,6 +38,7 @@ def build(ctx):
 
 
 @pytest.mark.slow
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("broken", "overrides", "text"),
     [

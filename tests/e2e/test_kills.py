@@ -54,6 +54,7 @@ def finished(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_run_whose_worker_is_killed_continues_to_the_same_digests(
     small: Path, undisturbed_digest: str, step: str

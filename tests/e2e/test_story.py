@@ -224,6 +224,7 @@ def s3(service: str, tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.xdist_group("postgres")
+@pytest.mark.rotating(1)
 @pytest.mark.skipif(PostgresServer.find() is None, reason="no PostgreSQL server is installed")
 @pytest.mark.parametrize(
     ("service", "chapter"),

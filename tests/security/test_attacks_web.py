@@ -31,6 +31,8 @@ from millrace.serve.http import Connection
 from millrace.serve.service import HttpLimits, Service
 from millrace.testing.server import RunningServer
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 SAFE = ("GET", "HEAD", "OPTIONS")
 FORMS = ("text/plain", sessions.FORM_TYPE, "multipart/form-data; boundary=x", "application/json", "")
 

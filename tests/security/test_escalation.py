@@ -31,6 +31,8 @@ from millrace.core.principals import Grant, Principal
 from millrace.core.types import Endpoint, Event, Lease, Run, User, WorkItem
 from millrace.wiring import open_dispatcher
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 PASSWORD = "blue tractor on mars"
 
 

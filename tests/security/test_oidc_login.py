@@ -24,6 +24,8 @@ from millrace.core.errors import InputError
 from millrace.core.principals import token_id
 from millrace.core.types import Event, Session, User
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 
 @pytest.fixture(scope="module")
 def issuer() -> Iterator[Issuer]:

@@ -70,6 +70,7 @@ def prepared(project, precision: str):  # type: ignore[no-untyped-def]
     return project.folder
 
 
+@pytest.mark.rotating(1)
 @pytest.mark.parametrize(("precision", "kills"), [("fp32", 2), ("bf16", 1), ("fp16", 1)])
 def test_killed_and_resumed_weights_are_bit_equal(precision: str, kills: int, digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     folder = prepared(digits, precision)

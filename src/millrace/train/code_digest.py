@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from millrace.core.errors import InputError, NotFoundError
 from millrace.core.ids import digest_bytes
+
+# threads that parse at once may break one another's depth: https://github.com/python/cpython/issues/106905
+_PARSING = threading.Lock()
 
 
 def code_digests(ref: str, project_dir: Path) -> dict[str, str]:
@@ -59,7 +63,8 @@ def code_digests(ref: str, project_dir: Path) -> dict[str, str]:
 
 def _parse(source: bytes, name: str) -> ast.Module:
     try:
-        return ast.parse(source, filename=name)
+        with _PARSING:
+            return ast.parse(source, filename=name)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise InputError(
