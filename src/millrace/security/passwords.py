@@ -20,7 +20,7 @@ from millrace.core.errors import InputError, UnavailableError
 
 T = TypeVar("T")
 MIN_LENGTH, MAX_LENGTH = 12, 1000
-AT_ONCE = 2  # 64 MiB each: a flood of logins is no way to use up the memory
+AT_ONCE = max(1, min(3, (os.cpu_count() or 1) // 2))  # 64 MiB each, and the other processors are for the requests
 MOST_WAITING = 128
 NICENESS = 10  # of the threads that hash: requests of people who are signed in go first
 # RFC 9106's second choice, with one lane: many lanes would take all processors from the requests.
