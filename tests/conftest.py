@@ -100,9 +100,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tell_xdist(item)
 
 
+@pytest.fixture(scope="session")
+def quick_hashing() -> PasswordHasher:
+    """What costs next to nothing."""
+    return PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+
+
 @pytest.fixture
-def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashing costs next to nothing: for tests of what passwords open, not of how they are kept."""
-    quick = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    monkeypatch.setattr("millrace.security.passwords._HASHER", quick)
-    monkeypatch.setattr("millrace.security.passwords._nobodys", lambda: quick.hash("nobody"))
+def quick_passwords(monkeypatch: pytest.MonkeyPatch, quick_hashing: PasswordHasher) -> None:
+    """For tests of what passwords open, not of how they are kept."""
+    monkeypatch.setattr("millrace.security.passwords._HASHER", quick_hashing)
+    monkeypatch.setattr("millrace.security.passwords._nobodys", lambda: quick_hashing.hash("nobody"))

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 import uvicorn
+from argon2 import PasswordHasher
 
 from millrace.api.app import build_app
 from millrace.api.pages import login as login_page
@@ -58,6 +59,13 @@ class Site:
             browser.post("/login", data={"form": form, "name": name, "password": PASSWORD})
             assert "millrace" in browser.cookies
             yield browser
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(quick_hashing: PasswordHasher) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("millrace.security.passwords._HASHER", quick_hashing)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +221,27 @@ def test_a_second_login_replaces_the_first(site: Site, place: Path) -> None:
             names.append(json.loads(process.communicate(agree(browser, address, mark))[0])["name"])
     assert len(list(place.iterdir())) == 1
     assert [site.token(name).revoked_at is None for name in names] == [False, True]
+
+
+def test_another_password_ends_what_was_signed_in_with_the_one_before(
+    site: Site, terminal: LoginTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had the password may have signed in a terminal with it; a token made for a purpose goes on."""
+    monkeypatch.setenv("MILLRACE_URL", site.url)
+    made = site.home.call("token.create", {"name": "robot", "scope": "viewer"})
+    address, mark, verifier = terminal.begin("laptop", 3600)
+    with site.browser() as browser:
+        kept = terminal.redeem(agree(browser, address, mark), verifier)
+        logins.save(kept)
+        for password in ("a quite different one", PASSWORD):  # which the other tests want back
+            site.home.call("user.set_password", {"name": "ada", "password": password})
+        assert browser.get("/runs").url.path == "/login"
+    opened = open_transport()
+    with pytest.raises(UnauthenticatedError):
+        opened.call("run.list", {})
+    opened.close()
+    assert site.token("robot").id == made.token.id
+    assert site.token("robot").revoked_at is None
 
 
 # --------------------------------------------------------------------------- what is refused

@@ -196,13 +196,6 @@ def one_time(services: Services, name: str, secret: str) -> Token | None:
     return None if token.expires_at is not None and token.expires_at <= services.clock.now() else token
 
 
-def use_up(services: Services, transaction: Transaction, name: str) -> None:
-    """One-time secrets of somebody end with their first password."""
-    for token in transaction.find(Token):
-        if token.is_once and token.user_name == name and token.revoked_at is None:
-            transaction.put(msgspec.structs.replace(token, revoked_at=services.clock.now()), token.version)
-
-
 def first_password(services: Services, name: str, secret: str, password: str, *, address: str) -> SignedIn | None:
     """Set a password with a one-time secret, and sign in; None where the secret is none, or is used up.
 
@@ -223,7 +216,9 @@ def first_password(services: Services, name: str, secret: str, password: str, *,
 
 
 def set_password(services: Services, transaction: Transaction, user: User, stored: str) -> User:
-    """Another password: sessions and one-time secrets end."""
+    """Another password: sessions, terminals that were signed in, and one-time secrets end."""
     end_sessions(transaction, user.name)
-    use_up(services, transaction, user.name)
+    for token in transaction.find(Token, {"user_name": user.name}):
+        if (token.is_once or token.is_of_login) and token.revoked_at is None:
+            transaction.put(msgspec.structs.replace(token, revoked_at=services.clock.now()), token.version)
     return transaction.put(msgspec.structs.replace(user, password=stored, failures=0, not_before=0.0), user.version)

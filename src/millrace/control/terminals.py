@@ -8,6 +8,8 @@ import hmac
 import re
 import secrets
 
+import msgspec
+
 from millrace.control.authorisation import user_principal
 from millrace.control.services import Services
 from millrace.control.tokens import add_token
@@ -113,6 +115,7 @@ def redeem(services: Services, code: str, verifier: str, *, address: str) -> Cre
         user = transaction.get(User, asked["terminal"])
         user_principal(services, user)  # still known, and not disabled
         made = add_token(services, transaction, name, (), user_name=asked["terminal"], lives_s=float(asked["lives_s"]))
+        token = transaction.put(msgspec.structs.replace(made.token, is_of_login=True), made.token.version)
         actor, detail = f"user:{asked['terminal']}", {"outcome": "ok", "by": "login", "address": address}
         transaction.append(Event(at=now, actor=actor, verb="token.create", subject=f"token:{name}", detail=detail))
-    return made
+    return CreatedToken(secret=made.secret, token=token)

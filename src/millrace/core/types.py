@@ -196,6 +196,42 @@ class Alias(Record, frozen=True, kw_only=True):
     history: list[dict[str, Any]] = []
 
 
+class Rollout(Struct, frozen=True, kw_only=True):
+    """A candidate beside the version that an endpoint serves (`base`): what is wanted, and what was last seen.
+
+    `label` is what the candidate is called as a version in requests and metrics. `steps` are its shares of the
+    requests in percent, one after another; `is_held`: it is never promoted by itself. A shadow answers nobody.
+    `facts` are the evidence of the canary test (`stats.canary.Evidence`) and what was counted.
+    """
+
+    id: str
+    number: int
+    variant: str = ""
+    label: str
+    base: int
+    steps: tuple[float, ...] = (10.0,)
+    step: int = 0
+    is_shadow: bool = False
+    is_held: bool = False
+    state: Literal["starting", "running", "promoted", "aborted"] = "starting"
+    reason: str = ""
+    by: str = ""
+    started_at: float = 0.0
+    stepped_at: float = 0.0  # since when it has had its present share; 0: not yet
+    ended_at: float | None = None
+    facts: dict[str, Any] = {}
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the candidate is (to be) served."""
+        return self.state in ("starting", "running")
+
+    @property
+    def weight(self) -> float:
+        """The candidate's share of the requests now, in percent."""
+        return 0.0 if self.is_shadow else self.steps[self.step]
+
+
 class Endpoint(Record, frozen=True, kw_only=True):
     """A served model: what is wanted, and what was last seen."""
 
@@ -213,6 +249,7 @@ class Endpoint(Record, frozen=True, kw_only=True):
     is_isolated: bool = False  # a serving process of its own
     threads: int = 1
     text: str = ""  # why it is in this state
+    rollout: Rollout | None = None  # the present one, or the last
 
 
 class Alert(Record, frozen=True, kw_only=True):
@@ -289,6 +326,7 @@ class Token(Record, frozen=True, kw_only=True):
     user_name: str = ""  # "" is a token of nobody's: its scopes are all that it may
     made_by: str = ""  # another token of nobody's, which is the same person; "" where an owner made it
     is_once: bool = False  # sets the password of its user, and ends with that
+    is_of_login: bool = False  # of a terminal that its user has signed in: ends as their sessions do
     work_id: str | None = None  # it is good for this work alone
     expires_at: float | None = None
     revoked_at: float | None = None
