@@ -22,6 +22,7 @@ from millrace.__main__ import open_transport
 from millrace.api.supervisor import GRACE_S
 from millrace.cli import service_verbs
 from millrace.cli.main import cli
+from millrace.cli.server_verbs import up
 from millrace.cli.service_verbs import Place, Up, complaints, quote, render_unit
 from millrace.cli.session import Session
 from millrace.core.errors import InputError
@@ -238,6 +239,22 @@ def test_variables_that_the_service_would_not_see_are_named(monkeypatch: pytest.
     said = invoke("install").stdout
     assert "MILLRACE_RECORDS_URL is set here but not in the service" in said
     assert "hidden" not in said
+
+
+def test_a_server_that_others_reach(folder: Path) -> None:
+    """Its certificate, or the proxy that has one; what the unit runs is what `millrace up` takes."""
+    own = ["--host", "10.0.0.5", "--tls-cert", "cert.pem", "--tls-key", "key.pem", "--host-name", "models.example.org"]
+    text = invoke("install", "--print", *own).stdout
+    words = words_of(settings(text)["ExecStart"])
+    assert words[words.index("--tls-cert") + 1] == str(folder / "cert.pem")
+    assert words[words.index("--name") + 1] == "models.example.org"
+    by_proxy = ["--host", "10.0.0.5", "--host-name", "m.example", "--tls-terminated-by-proxy", "10.0.0.7"]
+    assert "at https://m.example\n" in invoke("install", *by_proxy).stdout
+    for options in (own, by_proxy):
+        words = words_of(settings(invoke("install", "--print", *options).stdout)["ExecStart"])
+        up.make_context("up", words[words.index("up") + 1 :]).close()  # it knows every one of them
+    refused = invoke("install", "--host-name", "m", "--tls-terminated-by-proxy", "0.0.0.0/0")
+    assert (refused.exit_code, "every address" in refused.stderr) == (2, True)
 
 
 @pytest.mark.slow

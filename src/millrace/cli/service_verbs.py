@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
 
 from millrace.cli.derive import json_option
 from millrace.cli.session import Session
-from millrace.core.addresses import loopback_address
+from millrace.core.addresses import check_networks, loopback_address
 from millrace.core.errors import ConflictError, InputError, NotFoundError, UnavailableError
 from millrace.core.settings import SETTINGS, find_home
 
@@ -95,6 +96,29 @@ class Up(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     serve_port: int
     workers: int
+    tls_cert: str = ""
+    tls_key: str = ""
+    proxies: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The command's arguments."""
+        words = ["--home", str(self.home), "up", "--host", self.host, "--port", f"{self.port}"]
+        words += ["--serve-port", f"{self.serve_port}", "--workers", f"{self.workers}"]
+        for option, values in (
+            ("--tls-cert", [self.tls_cert]), ("--tls-key", [self.tls_key]),
+            ("--tls-terminated-by-proxy", self.proxies), ("--name", self.names),
+        ):  # fmt: skip
+            words += [word for value in values if value for word in (option, value)]
+        return words
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        name = self.names[0] if self.names else self.host
+        scheme = "https" if self.tls_cert or self.proxies else "http"
+        return f"{scheme}://{name}" + ("" if self.proxies else f":{self.port}")
 
 
 def quote(word: str, *, is_command: bool = False) -> str:
@@ -148,9 +172,7 @@ def render_unit(place: Place, up: Up, interpreter: str = sys.executable) -> str:
         >>> print(next(line for line in text.splitlines() if line.startswith("ExecStart=")))
         ExecStart=/usr/bin/python3 -P -m millrace --home /srv/m/.millrace up --host 127.0.0.1 --port 7070 --serve-port 7071 --workers 2
     """  # noqa: E501
-    command = ["-P", "-m", "millrace", "--home", str(up.home), "up", "--host", up.host, "--port", f"{up.port}"]
-    command += ["--serve-port", f"{up.serve_port}", "--workers", f"{up.workers}"]
-    words = " ".join([quote(interpreter, is_command=True), *map(quote, command)])
+    words = " ".join([quote(interpreter, is_command=True), *map(quote, ["-P", "-m", "millrace", *up.words])])
     account = f"User={_owner_of(up.home)}\n" if place.is_system else ""
     hardening = _HARDENING + (_SYSTEM_HARDENING if place.is_system else "")
     home = _specifiers(str(up.home))
@@ -268,14 +290,20 @@ def service() -> None:
 
 @service.command()
 @click.option("--home", "chosen_home", metavar="FOLDER", help="The home to serve; default: the one of this folder.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback only.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Any but a loopback address wants TLS, and asks for tokens."
+)
 @click.option("--port", type=click.IntRange(1, 65535), default=7070, show_default=True)
 @click.option("--serve-port", type=click.IntRange(1, 65535), default=7071, show_default=True, help="Of endpoints.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="API processes.")
+@click.option("--tls-cert", default="", metavar="FILE", help="The server's certificate (PEM), read by its account.")
+@click.option("--tls-key", default="", metavar="FILE", help="Its private key, where that is not in the same file.")
+@click.option("--tls-terminated-by-proxy", "proxies", multiple=True, metavar="NETWORK", help="As of `millrace up`.")
+@click.option("--host-name", "names", multiple=True, metavar="HOST", help="A name that clients use: `--name` of `up`.")
 @click.option("--print", "only_print", is_flag=True, help="Print the unit, write nothing.")
 @click.pass_obj
 def install(
-    session: Session, chosen_home: str | None, only_print: bool, is_user: bool, name: str, as_json: bool, **options: int
+    session: Session, chosen_home: str | None, only_print: bool, is_user: bool, name: str, as_json: bool, **options: Any
 ) -> None:
     """Write the unit, check it, and say what to run next. A unit of another program is never replaced.
 
@@ -283,6 +311,7 @@ def install(
     Examples:
       millrace service install
       millrace service install --port 9000 --workers 4
+      millrace service install --host 10.0.0.5 --tls-cert /etc/millrace/cert.pem --tls-key /etc/millrace/key.pem
       millrace service install --print
     """
     session.as_json = as_json
@@ -305,17 +334,22 @@ def install(
         session.print_json({"unit": str(place.unit), "secrets": str(place.secrets), "home": str(up.home)})
         return
     click.echo(f"{'updated' if was else 'written'}   {place.unit}{'' if said is None else '  (checked by systemd)'}")
-    click.echo(f"serves    {up.home} at http://{up.host}:{up.port}")
+    click.echo(f"serves    {up.home} at {up.url}")
     click.echo(f"variables {place.secrets}")
     _say_what_is_only_here(place)
     _say_next(place, bool(was))
 
 
-def _up(home: str | None, options: dict[str, int]) -> Up:
+def _up(home: str | None, options: dict[str, Any]) -> Up:
     folder = Path(home).expanduser().absolute() if home else find_home(Path.cwd())
     if not folder.parent.is_dir():
         raise NotFoundError(f"there is no folder {folder.parent} for the home", hint="make it first")
+    for option in ("tls_cert", "tls_key"):
+        options[option] = str(Path(options[option]).expanduser().absolute()) if options[option] else ""
     found = msgspec.convert({**options, "home": folder}, Up)
+    check_networks(found.proxies)
+    if found.tls_cert or found.proxies:
+        return found
     return msgspec.structs.replace(found, host=loopback_address(found.host))
 
 
