@@ -279,8 +279,8 @@ def test_a_worker_that_is_stopped_gives_its_step_back_at_once(site: Site) -> Non
     first = site.start_worker(2)
     run = site.submit()
     until(lambda: site.begun() == ["host2"], "the second step begins")
-    site.start_worker(3)
     first.send_signal(signal.SIGTERM)
+    site.start_worker(3)
     assert first.wait(20) == 0
     until(lambda: site.ended(run), "the run ends")
     assert site.ended(run) == "succeeded"
