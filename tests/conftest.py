@@ -59,15 +59,20 @@ def shared_by_a_module(item: pytest.Item) -> str:
 
 
 def rotate(items: list[pytest.Item], day: int) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """Which tests run on a day, and which on others: of a test marked `rotating(n)` n of its parameters."""
+    """Which tests run on a day, and which on others.
+
+    Of a test that is marked `rotating(n)` n of its parameters run, of tests marked `rotating(n, "name")` n of them all.
+    """
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    counts: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("rotating") is not None:
-            groups[item.nodeid.partition("[")[0]].append(item)
+        if (mark := item.get_closest_marker("rotating")) is not None:
+            name = mark.args[1] if len(mark.args) > 1 else item.nodeid.partition("[")[0]
+            groups[name].append(item)
+            counts[name] = mark.args[0]
     absent: set[pytest.Item] = set()
-    for group in groups.values():
-        mark = group[0].get_closest_marker("rotating")
-        count = int(mark.args[0]) if mark is not None else len(group)
+    for name, group in groups.items():
+        count = counts[name]
         first = day * count % len(group)
         absent |= {item for place, item in enumerate(group) if (place - first) % len(group) >= count}
     return [item for item in items if item not in absent], [item for item in items if item in absent]
