@@ -2,7 +2,8 @@
 
 Run: `python benchmarks/serving.py [--model FILE] [--seconds 4] [--rounds 3]`. Needs `wrk`.
 Without --model a dense net (64-128-64-10) stands for a small model; `millrace models export digits --to DIR`
-gives the digits model. Both servers have one process and one inference thread.
+gives the digits model. Both servers have one process and one inference thread, on the first core; so has the raw
+loop. wrk has the other cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from millrace.serve.server import ServerConfig
 from millrace.stats.drift import build_reference
 
 HERE = Path(__file__).resolve().parent
+CORES = sorted(os.sched_getaffinity(0))
 PATH = "/v2/models/digits/infer"
 SIGNATURE = Signature(
     task="classification",
@@ -100,13 +102,17 @@ def bodies(folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def wrk(port: int, path: str, environment: dict[str, str], connections: int, seconds: float) -> dict[str, float]:
+def wrk(
+    port: int, path: str, environment: dict[str, str], connections: int, seconds: float, pinned: bool = False
+) -> dict[str, float]:
     """One run of wrk: requests per second, p50 and p99 in seconds. Every answer must be a 200."""
     command = [
         "wrk", "-t1", "--timeout", "20s",
         f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", str(HERE / "post.lua"),
         f"http://127.0.0.1:{port}{path}",
     ]  # fmt: skip
+    if pinned:
+        command = ["taskset", "-c", ",".join(map(str, CORES[1:] or CORES)), *command]
     text = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
     fields = next(line for line in text.splitlines() if line.startswith("RESULT")).split()
     requests, duration_us, bad, p50_us, p99_us = map(int, fields[1:])
@@ -116,10 +122,21 @@ def wrk(port: int, path: str, environment: dict[str, str], connections: int, sec
 
 
 @contextmanager
+def on_first_core() -> Iterator[None]:
+    """What runs or is started in here runs on the first core."""
+    os.sched_setaffinity(0, CORES[:1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, CORES)
+
+
+@contextmanager
 def our_server(bundle: Path) -> Iterator[tuple[int, int]]:
     """Millrace, started the way `millrace serve` starts it."""
     server = ServerConfig(name="digits", version="1", port=0)
-    process = ServerProcess(ChildConfig(bundle_dir=str(bundle), server=server))
+    with on_first_core():
+        process = ServerProcess(ChildConfig(bundle_dir=str(bundle), server=server))
     try:
         yield process.wait_ready(), process.pid
     finally:
@@ -132,7 +149,8 @@ def fastapi_server(model: Path) -> Iterator[tuple[int, int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(HERE / "baseline_fastapi.py"), str(model), str(port)])
+    with on_first_core():
+        process = subprocess.Popen([sys.executable, str(HERE / "baseline_fastapi.py"), str(model), str(port)])
     try:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -157,18 +175,33 @@ def raw_call_s(model: Path) -> float:
     session = open_session(model)
     row = {"pixels": np.zeros((1, 64), np.float32)}
     took = []
-    for _ in range(2000):
-        start = time.perf_counter()
-        session.raw.run(None, row)
-        took.append(time.perf_counter() - start)
+    with on_first_core():
+        for _ in range(2000):
+            start = time.perf_counter()
+            session.raw.run(None, row)
+            took.append(time.perf_counter() - start)
     return statistics.median(took)
+
+
+def ready_s(bundle: Path) -> float:
+    """Seconds from the start of a server until it is ready."""
+    server = ServerConfig(name="digits", version="1", port=0)
+    begin = time.perf_counter()
+    process = ServerProcess(ChildConfig(bundle_dir=str(bundle), server=server))
+    try:
+        process.wait_ready()
+        return time.perf_counter() - begin
+    finally:
+        process.stop()
 
 
 def measure(model: Path, seconds: float, rounds: int, folder: Path) -> dict[str, float]:
     """Medians over interleaved rounds, by case."""
     found: dict[str, list[float]] = {}
     environments = bodies(folder)
-    with our_server(write_small_bundle(folder, model)) as ours, fastapi_server(model) as theirs:
+    bundle = write_small_bundle(folder, model)
+    found["ready"] = [ready_s(bundle) for _ in range(3)]
+    with our_server(bundle) as ours, fastapi_server(model) as theirs:
         cases = {
             "ours binary": (ours, PATH, "binary"),
             "FastAPI": (theirs, "/quickest", "json"),
@@ -177,13 +210,13 @@ def measure(model: Path, seconds: float, rounds: int, folder: Path) -> dict[str,
             "ours rows": (ours, "/v1/models/digits:predict", "rows"),
         }
         for (port, _), path, form in cases.values():
-            wrk(port, path, environments[form], 8, 1)  # warm-up
+            wrk(port, path, environments[form], 8, 1, pinned=True)  # warm-up
         for _ in range(rounds):
             found.setdefault("raw", []).append(raw_call_s(model))
             for name, ((port, pid), path, form) in cases.items():
-                one = wrk(port, path, environments[form], 1, seconds / 2)
+                one = wrk(port, path, environments[form], 1, seconds / 2, pinned=True)
                 before_s = cpu_s(pid)
-                many = wrk(port, path, environments[form], 64, seconds)
+                many = wrk(port, path, environments[form], 64, seconds, pinned=True)
                 found.setdefault(f"{name} cpu", []).append((cpu_s(pid) - before_s) / many["requests"])
                 found.setdefault(f"{name} p50 c=1", []).append(one["p50"])
                 found.setdefault(f"{name} rps c=64", []).append(many["rps"])
@@ -210,6 +243,10 @@ def main() -> None:
     print(
         f"model: {arguments.model or 'dense 64-128-64-10'}; a raw onnxruntime call of one row takes {raw * 1e6:.0f} us"
     )
+    print(f"start to ready: {result['ready']:.2f} s (aim 0.5)")
+    for case in ("ours binary", "ours json"):
+        share = result[f"{case} rps c=64"] * raw
+        print(f"{case}: {share:.2f} of a raw loop of one row on the same core")
     print("FastAPI validates nothing, FastAPI+checks declares pydantic models; CPU is the server's own, per request")
     heads = ("p50 c=1 ", "over raw ", "requests/s c=64", "to FastAPI", "to +checks", "p99 c=64", "CPU     ")
     print(" | ".join(("case          ", *heads, "to FastAPI", "to +checks")))

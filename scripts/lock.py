@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements-dev.lock"
-ROOT_EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom", "dev")
+ROOT_EXTRAS = ("data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom", "grpc", "dev")
 HEADER = """\
 # The versions that the tests run with: pip install -r requirements-dev.lock
 # Made by scripts/lock.py from an environment whose tests passed; do not edit by hand.

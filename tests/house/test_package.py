@@ -48,7 +48,7 @@ def test_the_base_is_light() -> None:
 
 def test_all_is_the_workbench() -> None:
     (workbench,) = PROJECT["optional-dependencies"]["all"]
-    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom"}
+    assert Requirement(workbench).extras == {"data", "torch", "sklearn", "postgres", "s3", "oidc", "sbom", "grpc"}
 
 
 @pytest.mark.parametrize("requirement", [*requirements(), *requirements(*EXTRAS)], ids=str)

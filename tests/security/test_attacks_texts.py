@@ -21,18 +21,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from attacked import Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.cli.predicting import write_csv
 from millrace.core.errors import SpecError
 from millrace.core.spec_errors import load_spec, parse_spec
 from millrace.core.spec_source import MAX_NODES
 from millrace.core.types import Event
 from millrace.core.visible import LineFormatter, visible
+from millrace.formats.signature import Signature
+from millrace.serve.batch_output import open_writer
 from millrace.wiring import open_dispatcher
 
 # --------------------------------------------------------------------------- tables
@@ -53,13 +55,17 @@ FORMULAS = [
 def test_no_cell_of_answers_is_a_formula(tmp_path: Path) -> None:
     """Classes of a model come from data of others."""
     path = tmp_path / "answers.csv"
-    write_csv([{"label": one, "probabilities": dict.fromkeys(FORMULAS, 0.5)} for one in FORMULAS], path)
+    model = Signature(task="classification", inputs=[], outputs=[], label="y", classes=FORMULAS)
+    with open_writer("csv", path, model, has_numbers=False) as writer:
+        writer.write(np.arange(len(FORMULAS)), {"probabilities": np.eye(len(FORMULAS), dtype=np.float32)})
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert len(rows) == len(FORMULAS) + 1
     assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
-    write_csv([{"label": "-1"}, {"label": "+2.5e-3"}, {"label": -1.5}], path)
-    assert path.read_text().splitlines()[1:] == ["-1", "+2.5e-3", "-1.5"], "numbers stay numbers"
+    numbers = Signature(task="classification", inputs=[], outputs=[], label="y", classes=["-1", "+2.5e-3"])
+    with open_writer("csv", path, numbers, has_numbers=False) as writer:
+        writer.write(np.arange(2), {"probabilities": np.eye(2, dtype=np.float32)})
+    assert [line.split(",")[0] for line in path.read_text().splitlines()[1:]] == ["-1", "+2.5e-3"], "numbers stay"
 
 
 def test_no_cell_of_events_is_a_formula(tmp_path: Path) -> None:

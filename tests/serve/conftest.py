@@ -172,6 +172,8 @@ def child_config(bundle: Path, name: str = "digits", **server: Any) -> ChildConf
 class Live:
     """A running server and what it has told its parent."""
 
+    folder: Path
+
     def __init__(self, config: ChildConfig) -> None:
         self.frames: list[TelemetryFrame] = []
         self.process = ServerProcess(config, self.frames.append)
@@ -206,5 +208,20 @@ def digits(digits_bundle: Path) -> Iterator[Live]:
 def table(table_bundle: Path) -> Iterator[Live]:
     """The table server."""
     live = Live(child_config(table_bundle, name="prices"))
+    yield live
+    assert live.process.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def observed(table_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The table server with all that is off elsewhere: cache, access log, traces, capture. `folder` has its files."""
+    folder = tmp_path_factory.mktemp("observed")
+    live = Live(
+        child_config(
+            table_bundle, name="prices", access_log=str(folder / "access.jsonl"), captures=str(folder / "captured"),
+            cache={"entries": 100}, capture={"share": 1.0, "mask": ["age"]},
+        )
+    )  # fmt: skip
+    live.folder = folder
     yield live
     assert live.process.stop() == 0

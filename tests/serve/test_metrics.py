@@ -68,6 +68,9 @@ def test_the_counters_add_up(digits: Any) -> None:
     assert grown(f'millrace_requests_total{{{labels},route="predict",code="200"}}') == 2
     assert grown(f'millrace_requests_total{{{labels},route="predict",code="400"}}') == 1
     assert grown(f"millrace_request_seconds_count{{{labels}}}") == 2
+    for step in ("queue", "batch", "compute", "serialize"):
+        assert grown(f"millrace_{step}_seconds_count{{{labels}}}") == 2
+        assert 0 < grown(f"millrace_{step}_seconds_sum{{{labels}}}") < 5
     assert grown(f'millrace_batch_rows_bucket{{{labels},le="1"}}') == 1
     assert grown(f'millrace_batch_rows_bucket{{{labels},le="4"}}') == 2
 

@@ -76,7 +76,7 @@ def test_metadata(digits: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/v3", 404),
         ("GET", "/v2/models/digit", 404),
         ("GET", "/v2/models/digits/versions/4", 404),
         ("POST", "/v2/models/other/infer", 404),

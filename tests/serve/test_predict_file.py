@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from millrace.core.errors import InputError
 from millrace.formats.bundle import open_bundle
-from millrace.serve.batch import CHUNK_ROWS, predict_file, read_rows
+from millrace.serve.batch import predict_file
+from millrace.serve.batch_rows import CHUNK_ROWS, read_chunks, whole
 
 CSV = "id,plan,age,income\n1,a,1.5,2\n2,,NA,5\n3,b, 3 ,true\n"
 ANSWERS = [{"value": 13.5}, {"value": 5.0}, {"value": 4.0}]
@@ -107,7 +108,7 @@ def test_any_csv_is_answered_or_refused(
     bundle = open_bundle(table_bundle)
     rows, message = [], "a.csv"
     try:
-        rows = list(read_rows(bundle.signature, path))
+        rows = [number for chunk in read_chunks(bundle.signature, whole(path)) for number in chunk.numbers]
         found = list(predict_file(bundle, "fp32", path))
     except InputError as error:
         message, found = error.message, rows

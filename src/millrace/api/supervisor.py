@@ -63,11 +63,14 @@ class UpConfig(Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 7070
     serve_port: int = 0  # of the endpoints; 0 takes a free one
+    grpc_port: int | None = None  # of the endpoints over gRPC; None: not spoken
     workers: int = 1
     tls_cert: str = ""
     tls_key: str = ""
     names: tuple[str, ...] = ()  # host names that clients call it by, besides `host`
     proxies: tuple[str, ...] = ()  # networks of proxies that end TLS
+    access_log: str = ""  # of the endpoints
+    trace: float = 0.0  # share of their requests for which a trace begins
 
     @property
     def wants_token(self) -> bool:
@@ -221,11 +224,15 @@ class Supervisor:
         """Endpoints are where the server is: on loopback open, elsewhere with its certificate and for tokens alone."""
         config = self._config
         if not config.wants_token:
-            return HostConfig(port=config.serve_port)
+            return HostConfig(
+                port=config.serve_port, grpc_port=config.grpc_port, access_log=config.access_log,
+                trace_share=config.trace,
+            )  # fmt: skip
         return HostConfig(
-            host=config.host, port=config.serve_port, wants_token=True,
+            host=config.host, port=config.serve_port, grpc_port=config.grpc_port, wants_token=True,
             allowed_hosts=[config.host, *config.names] if config.proxies else [*config.names, config.host],
             tls_cert=config.tls_cert, tls_key=config.tls_key, proxies=list(check_networks(config.proxies)),
+            access_log=config.access_log, trace_share=config.trace,
         )  # fmt: skip
 
     def _run_api(self, listener: socket.socket) -> None:

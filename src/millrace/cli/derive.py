@@ -44,6 +44,8 @@ HELP = {
     "weekly": "Keep the newest of so many weeks.",
     "backup": "Which one; the newest if nothing is said.",
     "signer": "The key that may have signed it.",
+    "weight": "The candidate's share of the requests, in percent.",
+    "rollout": "Only this one, by its id; whichever is on if nothing is said.",
     "apply": "Do it; without, only say what would be done.",
 }
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")

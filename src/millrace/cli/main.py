@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 import millrace
-from millrace.cli import audit_verbs, import_verbs, login_verbs, nouns, server_verbs, service_verbs, verbs
+from millrace.cli import (
+    audit_verbs,
+    import_verbs,
+    loadtest_verbs,
+    login_verbs,
+    nouns,
+    server_verbs,
+    service_verbs,
+    verbs,
+)
 from millrace.cli.session import Session
 from millrace.core.errors import MillraceError, UnavailableError
 from millrace.core.visible import LineFormatter
@@ -83,6 +92,7 @@ def cli(session: Session, home: str | None, embedded: bool, verbose: bool) -> No
 
 for command in (
     *verbs.COMMANDS,
+    *loadtest_verbs.COMMANDS,
     *server_verbs.COMMANDS,
     *login_verbs.COMMANDS,
     *service_verbs.COMMANDS,

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from millrace.cli import audit_verbs, backup_verbs, compliance_verbs, secret_verbs, trusted_key_verbs, user_verbs
+from millrace.cli import (
+    audit_verbs,
+    backup_verbs,
+    compliance_verbs,
+    endpoint_verbs,
+    secret_verbs,
+    trusted_key_verbs,
+    user_verbs,
+)
 from millrace.cli.derive import derive_command, json_option, plural, print_answer
 from millrace.cli.session import Session
 from millrace.core.errors import DeniedError
@@ -17,7 +25,7 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "project": ("list", "create", "update", "delete", "restore"),
     "dataset": ("list", "get", "diff"),
     "model": ("list", "get", "register", "promote", "rollback", "export"),
-    "endpoint": ("list", "get", "delete"),
+    "endpoint": ("list", "get", "delete", "promote", "abort", "forecast", "captured"),
     "alert": ("list", "get", "resolve"),
     "token": ("list", "create", "revoke"),
     "approval": ("list", "approve", "refuse"),
@@ -34,6 +42,10 @@ _RENDERERS = {
     ("token", "create"): "render_created_token",
     ("token", "revoke"): "render_tokens",
     ("model", "promote"): "render_alias",
+    ("endpoint", "promote"): "render_rollout",
+    ("endpoint", "abort"): "render_rollout",
+    ("endpoint", "forecast"): "render_forecast",
+    ("endpoint", "captured"): "render_value",
     ("model", "rollback"): "render_alias",
     ("user", "get"): "render_value",
     ("user", "who_can"): "render_rows",
@@ -54,6 +66,9 @@ _RENDERERS = {
 }
 _EXAMPLES = {
     ("token", "create"): ("gpu-1", "deploy-bot-1 --user deploy-bot --scope operator:digits --expires 720h"),
+    ("endpoint", "abort"): ("digits --reason 'fails on old clients'",),
+    ("endpoint", "forecast"): ("digits --weight 10",),
+    ("endpoint", "captured"): ("digits",),
     ("role", "create"): ("releaser --allow 'model.*,endpoint.deploy' --deny model.register",),
     ("role", "grant"): ("ada developer --project digits", "group:ml-team viewer"),
     ("role", "revoke"): ("ada developer --project digits",),
@@ -66,7 +81,7 @@ _SUMMARIES = {
     "project": "Projects: what runs belong to.",
     "dataset": "Dataset versions.",
     "model": "Model versions, aliases, promotion and roll-back.",
-    "endpoint": "Served models.",
+    "endpoint": "Served models, and rollouts of new versions.",
     "alert": "What needs a look.",
     "approval": "Promotions that wait for a second person.",
     "approval_rule": "Which promotions want a second person.",
@@ -81,7 +96,7 @@ _SUMMARIES = {
 
 
 _OWN_VERBS = {"user": user_verbs.COMMANDS, "secret": secret_verbs.SECRETS, "key": secret_verbs.KEYS,
-              "trusted_key": trusted_key_verbs.COMMANDS,
+              "trusted_key": trusted_key_verbs.COMMANDS, "endpoint": endpoint_verbs.COMMANDS,
               "model": compliance_verbs.MODELS, "run": compliance_verbs.RUNS}  # fmt: skip
 
 

@@ -190,6 +190,51 @@ def render_endpoint(endpoint: Any) -> None:
     render_endpoints([endpoint])
 
 
+def render_forecast(forecast: Any) -> None:
+    """How long it takes, as a sentence."""
+    click.echo(forecast.text)
+
+
+def render_rollout(endpoint: Any) -> None:
+    """An endpoint, and how its candidate compares with what it serves."""
+    render_endpoints([endpoint])
+    rollout = endpoint.rollout
+    if rollout is None:
+        return
+    click.echo()
+    evidence, mirrored = rollout.facts.get("evidence", {}), rollout.facts.get("mirrored", {})
+    share = rollout.weight if rollout.is_active else 100.0 if rollout.state == "promoted" else 0.0
+    arms = [(f"v{rollout.base}", "baseline", 100.0 - share, "base"),
+            (f"v{rollout.label}", "shadow" if rollout.is_shadow else "candidate", share, "candidate")]  # fmt: skip
+    rows = [[name, what, f"{weight:g} %", *_rates(evidence.get(key, {}))] for name, what, weight, key in arms]
+    print_table(["VERSION", "AS", "SHARE", "REQUESTS", "FAILED", "SLOW"], rows)
+    if mirrored:
+        seen, changed, largest, failed, dropped = (
+            mirrored.get(f"mirrored_{name}", 0) for name in ("rows", "changed", "max_difference", "failed", "dropped")
+        )
+        share = f"{changed / seen:.2%}" if seen else "-"
+        rows = [[f"{seen:.0f}", share, f"{largest:.3g}", f"{failed:.0f}", f"{dropped:.0f}"]]
+        print_table(["COPIED ROWS", "OTHER ANSWER", "LARGEST DIFFERENCE", "FAILED", "DROPPED"], rows)
+    console().print(f"rollout {rollout.state}{f': {rollout.reason}' if rollout.reason else ''}", markup=False)
+    if rollout.state == "running" and not rollout.is_shadow:
+        steps = ", ".join(f"{step:g}" for step in rollout.steps)
+        against = rollout.facts.get("against", 1.0)
+        console().print(
+            f"step {rollout.step + 1} of {len(rollout.steps)} ({steps} %); evidence against it {against:.2g}, "
+            "rolled back at 20",
+            markup=False,
+        )
+
+
+def _rates(arm: Any) -> list[str]:
+    requests, timed = arm.get("requests", 0), arm.get("timed", 0)
+    return [
+        str(requests),
+        f"{arm['errors'] / requests:.2%}" if requests else "-",
+        f"{arm['slow'] / timed:.2%}" if timed else "-",
+    ]
+
+
 def render_alerts(alerts: list[Any]) -> None:
     """Alerts, newest first."""
     rows = [
@@ -389,13 +434,13 @@ def render_settings(values: list[Any], home: Path) -> None:
     print_table(["SETTING", "VALUE", "FROM", "WHAT"], rows)
 
 
-def render_answers(answers: list[dict[str, Any]]) -> None:
-    """The first answers."""
-    rows = [flat(answer) for answer in answers[:20]]
+def render_answers(answers: list[dict[str, Any]], total: int) -> None:
+    """The first answers, and how many there are."""
+    rows = [flat(answer) for answer in answers]
     if rows:
         print_table([key.upper() for key in rows[0]], [[_number(cell) for cell in row.values()] for row in rows])
-    if len(answers) > 20:
-        console().print(f"… {len(answers)} answers in all; --output FILE writes them")
+    if total > len(answers):
+        console().print(f"… {total} answers in all; --output FILE writes them")
 
 
 def render_compressed(answer: Any) -> None:
@@ -404,3 +449,35 @@ def render_compressed(answer: Any) -> None:
     print_table(header, [list(row) for row in rows])
     console().print(verdict_line(answer.facts).replace("Serving", "Best:"))
     console().print(f"variants {answer.folder}")
+
+
+def render_calibration(event: Any) -> None:
+    """How a model is called, and what was measured for it."""
+    said = event.facts
+    found = said["calibration"]
+    rows = [
+        [
+            f"{one['layout']['callers']} x {one['layout']['threads']}", "yes" if one["layout"]["is_spinning"] else "no",
+            str(one["rows"]), f"{one['row_s'] * one['rows'] * one['layout']['callers'] * 1e3:.3f} ms",
+            f"{1 / one['row_s']:,.0f}", str(one["times"]), _prize(one, found),
+        ]
+        for one in found["timings"]
+    ]  # fmt: skip
+    if rows:
+        print_table(["CALLS x THREADS", "SPINNING", "ROWS", "A CALL", "ROWS/S", "MEASURED", ""], rows)
+    cost, out = found["deep_cost"], console()
+    out.print(event.text)
+    out.print(
+        f"a call takes {cost['base_s'] * 1e3:.3f} ms + {cost['per_row_s'] * 1e3:.4f} ms a row ({found['source']})"
+    )
+    where = "on the event loop" if said["is_inline"] else "on threads"
+    out.print(f"calls run {where}; {said['cores']} cores of {said['processor']}")
+    if said["slo_p99_ms"] is not None:
+        out.print(f"within {said['slo_p99_ms']:g} ms: {said['rows']} rows a call at most")
+
+
+def _prize(timing: dict[str, Any], found: dict[str, Any]) -> str:
+    """What a cell is used for."""
+    is_alone = timing["layout"] == found["shallow"] and timing["rows"] == 1
+    is_many = timing["layout"] == found["deep"] and timing["rows"] == found["deep_cost"]["best_rows"]
+    return ", ".join([name for name, holds in (("alone", is_alone), ("many", is_many)) if holds])

@@ -31,6 +31,7 @@ DEPLOY_TIMEOUT_S = 60.0
     show_default=True,
     help="Of deployed endpoints; 0: a free one.",
 )
+@click.option("--grpc-port", type=click.IntRange(1, 65535), help="Of deployed endpoints over gRPC, if any.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="API processes.")
 @click.option("--tls-cert", default="", metavar="FILE", help="The server's certificate (PEM): it speaks HTTPS then.")
 @click.option("--tls-key", default="", metavar="FILE", help="Its private key, where that is not in the same file.")
@@ -40,6 +41,10 @@ DEPLOY_TIMEOUT_S = 60.0
     multiple=True,
     metavar="NETWORK",
     help="A proxy at this address or in this network speaks HTTPS; nobody else is answered. May be repeated.",
+)
+@click.option("--access-log", default="", metavar="FILE", help="A line of JSON for each request of an endpoint.")
+@click.option(
+    "--trace", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE", help="Begin a trace for this share of them."
 )
 @click.option("--name", "names", multiple=True, metavar="HOST", help="A host name that clients use; may be repeated.")
 @json_option
@@ -72,7 +77,8 @@ def up(session: Session, as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @click.option("--endpoint", required=True, metavar="NAME", help="The endpoint; requests name it as their model.")
 @click.option("--variant", help="Default: the one that the version chose.")
-@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--threads", type=click.IntRange(0, 256), default=0, help="Of one call; 0, the default: by measuring.")
+@click.option("--slo-p99-ms", type=float, metavar="MS", help="Of 100 requests 99 within that: batches take half of it.")
 @click.option("--isolate", is_flag=True, help="A serving process of its own.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is ready.")
 @json_option

@@ -34,6 +34,7 @@ EXIT_CODES: dict[str, int] = {
     "capacity.disk_full": 9,
     "quota.exceeded": 9,
     "unavailable": 10,
+    "deadline.exceeded": 10,
     "store.schema": 11,
     "run.cancelled": 130,
 }

@@ -217,64 +217,118 @@ def compress(session: Session, path: str, as_json: bool, **options: Any) -> None
         extras.load(f"{RENDER}:render_compressed")(answer)
 
 
-@click.command(short_help="Serve a model and watch it.")
-@click.argument("model")
+@click.command(short_help="Serve models and watch them.")
+@click.argument("models", nargs=-1, metavar="MODEL…")
 @click.option("--port", type=int, help="Default: the spec's serve.port, else 8080; 0 takes a free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer gRPC as well; 0 takes a free one.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Only loopback, as long as nobody is asked who they are."
 )
-@click.option("--threads", type=int, help="Threads of the runtime.")
+@click.option("--processes", type=click.IntRange(1, 64), default=1, help="So many share the port: for small models.")
+@click.option("--tls-cert", metavar="FILE", help="The server's certificate (PEM): it speaks HTTPS then.")
+@click.option("--tls-key", metavar="FILE", help="Its private key (PEM), where it does not stand with the certificate.")
+@click.option("--tls-client-ca", metavar="FILE", help="Every client must bring a certificate of this authority.")
+@click.option("--token-file", metavar="FILE", help="Every request must bring one of these tokens, a line each.")
+@click.option("--allowed-host", multiple=True, metavar="NAME", help="Clients call the server by this name too.")
+@click.option("--threads", type=click.IntRange(0, 256), help="Of one call; 0, the default: found out by measuring.")
+@click.option("--slo-p99-ms", type=float, metavar="MS", help="Of 100 requests 99 within that: batches take half of it.")
+@click.option("--explain", is_flag=True, help="Say how the model is called best on this machine, and exit.")
 @click.option("--variant", help="Default: the variant that the version chose.")
+@click.option("--name", help="Of the endpoint, for one path. Default: from the class, the folder, the ensemble.")
+@click.option("--all", "all_models", is_flag=True, help="Every model of the registry, loaded when first asked for.")
+@click.option("--cache", type=click.IntRange(min=0), metavar="N", help="Keep so many answers for equal inputs.")
+@click.option(
+    "--capture", type=click.FloatRange(0, 1), metavar="SHARE", help="Keep this share of requests with their answers."
+)
+@click.option("--access-log", metavar="FILE", help="A line of JSON for each request; - is the standard error.")
+@click.option("--trace", type=click.FloatRange(0, 1), metavar="SHARE", help="Begin a trace for this share of requests.")
+@click.option("--memory-budget", metavar="SIZE", help="Of all loaded models; idle ones are unloaded, the oldest first.")
 @json_option
 @pass_session
-def serve(session: Session, model: str, as_json: bool, **options: Any) -> None:
-    """Serve a model in the foreground: Open Inference Protocol, rows, metrics, drift alerts.
+def serve(session: Session, models: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Serve models in the foreground: Open Inference Protocol, rows, metrics, drift alerts.
 
-    Ctrl-C (or SIGTERM) answers what is in flight and stops: exit code 0.
+    MODEL is one of the registry, or your own: file.py:Class, a folder with model.py and model.safetensors, or an
+    ensemble.yaml. Ctrl-C (or SIGTERM) answers what is in flight and stops: exit code 0.
 
     \b
     Examples:
       millrace serve digits
       millrace serve digits@champion --port 9000
+      millrace serve service.py:Fraud --name fraud
+      millrace serve --all --memory-budget 2GB
+      millrace serve digits --capture 0.01 --access-log requests.jsonl
+      millrace serve digits --slo-p99-ms 50
+      millrace serve digits --explain
+      millrace serve digits --host 0.0.0.0 --tls-cert server.pem --tls-client-ca clients.pem
     """
     session.as_json = as_json
-    serve_until_stopped(session, model, **options)
+    if not models and not options["all_models"]:
+        raise click.UsageError("want a MODEL, or --all")
+    options["all"] = options.pop("all_models")
+    serve_until_stopped(session, *(models[:1] or [""]), more=models[1:], **options)
 
 
 def serve_until_stopped(session: Session, model: str, **options: Any) -> None:
     """Print what the endpoint's supervisor says."""
     for event in session.stream("endpoint.serve", model=model, **options):
         if session.as_json:
-            session.print_json(event)
+            session.print_json(event.facts if event.kind == "calibration" else event)
+        elif event.kind == "calibration":
+            extras.load(f"{RENDER}:render_calibration")(event)
         else:
             click.echo(f" {event.kind:<9} {event.text}")
 
 
-@click.command(short_help="Answers for rows of a file.")
+@click.command(short_help="Answers for rows of files.")
 @click.argument("model")
-@click.option("--input", "input_path", required=True, metavar="FILE", help="Rows: CSV, JSONL or Parquet.")
-@click.option("--output", "output_path", metavar="FILE", help="Write a CSV here.")
+@click.argument("more", nargs=-1, metavar="[FILE]...")
+@click.option("--input", "inputs", required=True, multiple=True, metavar="FILE", help="Rows: CSV, JSONL or Parquet.")
+@click.option("--output", metavar="PLACE", help="Write them here: a file, or a folder of parts.")
+@click.option(
+    "--format", type=click.Choice(["parquet", "csv", "jsonl"]), help="Default: the file's; Parquet in a folder."
+)
+@click.option(
+    "--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+    help="What becomes of a bad row.",
+)  # fmt: skip
+@click.option("--part-rows", type=int, metavar="N", help="Rows in each part of a folder; default: 262144.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes; default: one for each core.")
 @json_option
 @pass_session
-def predict(session: Session, model: str, input_path: str, output_path: str | None, as_json: bool) -> None:
-    """Answer every row of a file; a bare name means its champion. Columns that the model does not read are dropped.
+def predict(
+    session: Session, model: str, more: tuple[str, ...], inputs: tuple[str, ...], output: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Answer every row of files; a bare name means its champion. Columns that the model does not read are dropped.
+
+    Into a folder: on all cores, in parts that are written once and whole. The same command goes on where it stopped.
 
     \b
     Examples:
       millrace predict digits --input rows.csv
       millrace predict digits@champion --input rows.csv --output answers.csv
+      millrace predict digits --input 'data/*.parquet' --output answers/
+      millrace predict digits --input rows.jsonl --output answers/ --on-error skip --format csv
     """
     session.as_json = as_json
+    predicting, paths = "millrace.cli.predicting", [*inputs, *more]
+    if output is None and (len(paths) > 1 or extras.load(f"{predicting}:is_folder")("one.csv", paths)):
+        raise InputError("answers for several files want a folder", hint="--output answers/")
     opened = session.call("model.open", model=model)
-    answers = extras.load("millrace.cli.predicting:predict_file")(opened, Path(input_path))
-    if output_path is not None:
-        extras.load("millrace.cli.predicting:write_csv")(answers, Path(output_path))
-    if as_json:
-        session.print_json(answers)
-    elif output_path is None:
-        extras.load(f"{RENDER}:render_answers")(answers)
+    name = f"{opened.name} v{opened.number} ({opened.variant})"
+    if output is None and as_json:
+        session.print_json(extras.load(f"{predicting}:predict_file")(opened, Path(paths[0])))
+    elif output is None:
+        extras.load(f"{RENDER}:render_answers")(*extras.load(f"{predicting}:first_answers")(opened, Path(paths[0])))
+    elif extras.load(f"{predicting}:is_folder")(output, paths):
+        summary = extras.load(f"{predicting}:predict_to_folder")(opened, paths, output, options, as_json=as_json)
+        session.print_json(summary) if as_json else extras.load(f"{predicting}:render_summary")(summary, name)
     else:
-        click.echo(f"{len(answers)} answers of {opened.name} v{opened.number} ({opened.variant}) -> {output_path}")
+        count = extras.load(f"{predicting}:predict_to_file")(opened, paths, Path(output), options)
+        session.print_json({"answers": count, "output": output}) if as_json else click.echo(
+            f"{count} answers of {name} -> {output}"
+        )
 
 
 @click.command("open")

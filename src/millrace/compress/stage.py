@@ -54,7 +54,7 @@ def compress(spec: Spec, ctx: Context) -> dict[str, Any]:
             expected=reader.labels("test"),
             training=TrainingRows(training, reader.labels("train"), len(signature.classes)),
             options=spec.compress,
-            threads=spec.serve.threads,
+            threads=spec.serve.threads or 1,
             metric=spec.evaluate.metrics[0] if spec.evaluate.metrics else "",
             progress=ctx.progress,
         )

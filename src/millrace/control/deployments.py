@@ -11,18 +11,28 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from millrace.control.authorisation import acting_as
 from millrace.control.callers import Callers
-from millrace.control.dispatch import handles
-from millrace.control.endpoints import sections_of
+from millrace.control.canaries import PRINCIPAL, Action, Canary, Facts, decide
+from millrace.control.dispatch import Dispatcher, handles
+from millrace.control.endpoints import calibrations_of, captures_of, sections_of, wanted_number
 from millrace.control.models import open_version, resolve_model
 from millrace.control.seen import seen
 from millrace.control.services import Services
 from millrace.control.traffic import Traffic, added
 from millrace.control.watching import Watch
-from millrace.core.errors import ConflictError, InputError, MillraceError, NotFoundError, UntrustedError
+from millrace.core.errors import (
+    ApprovalNeededError,
+    ConflictError,
+    InputError,
+    MillraceError,
+    NotFoundError,
+    UntrustedError,
+)
 from millrace.core.operations import live as ops
+from millrace.core.principals import Principal
 from millrace.core.refs import Ref
-from millrace.core.types import Alias, Endpoint, Lease, ModelVersion
+from millrace.core.types import Endpoint, Lease, ModelVersion, Rollout
 from millrace.formats.bundle import open_bundle
 from millrace.serve.access import Denied
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
@@ -64,13 +74,20 @@ def deploy_endpoint(services: Services, body: ops.DeployRequest) -> Endpoint:
                 f"the endpoint {body.endpoint!r} is served by process {old.pid}",
                 hint="stop that `millrace serve`, or choose another name",
             )
+        ended = old.rollout if old is not None else None
+        if ended is not None and ended.is_active:
+            ended = msgspec.structs.replace(
+                ended, state="aborted", reason="the endpoint was deployed anew", ended_at=services.clock.now()
+            )
         return transaction.put(
             Endpoint(
                 id=body.endpoint, project=version.project, name=body.endpoint, model=version.name,
                 created_at=old.created_at if old else 0.0,
                 alias=alias or (None if ref.number is not None else "champion"), number=version.number,
                 variant=body.variant or "", state=WANTED, is_managed=True, is_isolated=body.isolate,
-                threads=body.threads, facts=old.facts if old else {}, url=old.url if old and old.is_managed else None,
+                threads=body.threads, slo_p99_ms=body.slo_p99_ms,
+                facts=old.facts if old else {}, url=old.url if old and old.is_managed else None,
+                rollout=ended,
             )
         )  # fmt: skip
 
@@ -94,7 +111,7 @@ class Host:
     def __init__(self, key: str, port: int) -> None:
         self.key, self.port = key, port
         self.process: HostProcess | None = None
-        self.applied: dict[str, HostedModel] = {}
+        self.applied: dict[str, list[HostedModel]] = {}
         self.began = 0.0
         self.crashes = 0
         self.due_at = 0.0
@@ -135,6 +152,7 @@ class Wish(NamedTuple):
     number: int
     variant: str
     threads: int
+    slo_p99_ms: float | None
 
 
 class Reconciler:
@@ -159,6 +177,9 @@ class Reconciler:
         self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
         self._refused: dict[str, tuple[Wish, float]] = {}  # what cannot be served, and when to try it again
         self._proofs: dict[str, bytes] = {}  # signatures of served versions, by their id
+        self._canaries: dict[str, Canary] = {}  # of the rollouts that are on
+        self._candidates: dict[str, tuple[str, ModelVersion, HostedModel]] = {}  # with the id of their rollout
+        self._rollouts = Dispatcher(services)
         self._mended: set[str] = set()  # these want again what is served
 
     def __call__(self, lease: Lease) -> None:
@@ -168,11 +189,12 @@ class Reconciler:
             self._lease = lease
             self._take_over(endpoints)
         self._forget_all_but({endpoint.name for endpoint in endpoints})
-        wanted: dict[str, dict[str, HostedModel]] = {SHARED: {}}
+        wanted: dict[str, dict[str, list[HostedModel]]] = {SHARED: {}}
         for endpoint in endpoints:
             model = self._model_of(endpoint)
             if model is not None:
-                wanted.setdefault(endpoint.name if endpoint.is_isolated else SHARED, {})[endpoint.name] = model
+                key = endpoint.name if endpoint.is_isolated else SHARED
+                wanted.setdefault(key, {})[endpoint.name] = self._revisions_of(endpoint, model)
         fresh = {endpoint.name for endpoint in endpoints if endpoint.state in (WANTED, STOPPED)} - self._refused.keys()
         fresh |= self._mended
         self._mended = set()
@@ -183,6 +205,9 @@ class Reconciler:
         self._drain(self._denied, self._callers.record)
         self._drain(self._states, self._take_state)
         self._drain(self._frames, self._take_frame)
+        for endpoint in endpoints:
+            if endpoint.name in self._canaries:
+                self._judge(endpoint)
         self._traffic.tick()
         for name, watch in self._watches.items():
             self._log(name, watch.tick())
@@ -229,7 +254,9 @@ class Reconciler:
                 self._write(endpoint.name, state=STARTING, text=text, pid=None)
 
     def _forget_all_but(self, names: set[str]) -> None:
-        known: tuple[dict[str, Any], ...] = (self._models, self._watches, self._refused)
+        known: tuple[dict[str, Any], ...] = (
+            self._models, self._watches, self._refused, self._canaries, self._candidates
+        )  # fmt: skip
         for one in known:
             for name in one.keys() - names:
                 del one[name]
@@ -264,11 +291,8 @@ class Reconciler:
 
     def _wish_of(self, endpoint: Endpoint) -> Wish:
         """With an alias, whatever that points to."""
-        number = endpoint.number
-        if endpoint.alias is not None:
-            alias = self._services.records.get(Alias, f"{endpoint.model}/{endpoint.alias}")
-            number = alias.number if alias is not None else number
-        return Wish(endpoint.model, number, endpoint.variant, endpoint.threads)
+        number = wanted_number(self._services, endpoint)
+        return Wish(endpoint.model, number, endpoint.variant, endpoint.threads, endpoint.slo_p99_ms)
 
     def _is_registered(self, version: ModelVersion) -> bool:
         return self._services.records.get(ModelVersion, version.id) is not None
@@ -285,6 +309,14 @@ class Reconciler:
         return True
 
     def _open(self, endpoint: Endpoint, wish: Wish) -> tuple[ModelVersion, HostedModel]:
+        version, model = self._hosted(endpoint, wish)
+        _, monitor = sections_of(self._services.home)
+        self._watches[endpoint.name] = Watch(
+            self._services, endpoint.name, version, model.reference or {}, monitor
+        )  # fmt: skip
+        return version, model
+
+    def _hosted(self, endpoint: Endpoint, wish: Wish) -> tuple[ModelVersion, HostedModel]:
         version = resolve_model(self._services, f"{wish.model}@{wish.number}")
         if version.project != endpoint.project:  # its own was renamed or deleted, and somebody has taken the name
             raise ConflictError(
@@ -294,14 +326,16 @@ class Reconciler:
             )
         folder = open_version(self._services, version)
         bundle = open_bundle(folder, signature=None, verifier=None, expected_digest=version.bundle.digest)
-        serve, monitor = sections_of(self._services.home)
+        serve, _ = sections_of(self._services.home)
         model = HostedModel(
             endpoint=endpoint.name, project=version.project, bundle_dir=str(folder), digest=version.bundle.digest,
             version=str(wish.number), variant=wish.variant or version.chosen_variant, asked_variant=wish.variant,
             threads=wish.threads,
-            max_batch=serve.max_batch, queue=serve.queue, reference=bundle.reference or None,
+            max_batch=serve.max_batch, queue=serve.queue, queue_s=serve.queue_s, reference=bundle.reference or None,
+            slo_p99_ms=serve.slo_p99_ms if wish.slo_p99_ms is None else wish.slo_p99_ms,
+            calibrations=str(calibrations_of(self._services.home)),
+            cache=serve.cache, capture=serve.capture, captures=str(captures_of(self._services.home)),
         )  # fmt: skip
-        self._watches[endpoint.name] = Watch(self._services, endpoint.name, version, bundle.reference, monitor)
         return version, model
 
     def _say_refused(self, endpoint: Endpoint, error: MillraceError, served: ModelVersion | None) -> None:
@@ -311,9 +345,97 @@ class Reconciler:
             text = f"{error.message}; {served.name} v{served.number} is still served"
             self._write(endpoint.name, state=FAILED, text=text)
 
+    # ------------------------------------------------------------------ rollouts
+
+    def _revisions_of(self, endpoint: Endpoint, base: HostedModel) -> list[HostedModel]:
+        """The candidate, if it can be served, before the baseline: a growing share then takes no key from it."""
+        rollout = endpoint.rollout
+        if rollout is None or not rollout.is_active:
+            self._canaries.pop(endpoint.name, None)
+            self._candidates.pop(endpoint.name, None)
+            return [base]
+        canary = self._canaries.get(endpoint.name)
+        if canary is None or canary.id != rollout.id:
+            canary = self._canaries[endpoint.name] = Canary(rollout)
+        if canary.error or base.version != str(rollout.base):
+            return [base]
+        try:
+            candidate = self._candidate_of(endpoint, rollout)
+        except MillraceError as error:
+            canary.error = error.message
+            return [base]
+        candidate = msgspec.structs.replace(candidate, weight=rollout.weight, is_shadow=rollout.is_shadow)
+        return [candidate, msgspec.structs.replace(base, weight=100.0 - rollout.weight)]
+
+    def _candidate_of(self, endpoint: Endpoint, rollout: Rollout) -> HostedModel:
+        known = self._candidates.get(endpoint.name)
+        if known is None or known[0] != rollout.id:
+            wish = Wish(endpoint.model, rollout.number, rollout.variant, endpoint.threads, endpoint.slo_p99_ms)
+            version, model = self._hosted(endpoint, wish)
+            model = msgspec.structs.replace(model, version=rollout.label)
+            known = self._candidates[endpoint.name] = (rollout.id, version, model)
+        if not (self._is_registered(known[1]) and self._is_trusted(known[1])):
+            raise UntrustedError(f"{endpoint.model} v{rollout.number} was deleted, or its key counts no more")
+        return known[2]
+
+    def _judge(self, endpoint: Endpoint) -> None:
+        """Look at the evidence of a rollout, and do what it says."""
+        canary, rollout = self._canaries[endpoint.name], endpoint.rollout
+        if rollout is None or rollout.id != canary.id:
+            return
+        now_s, now = time.monotonic(), self._services.clock.now()
+        if rollout.state == "running":
+            canary.look(now_s, self._services.setting("rollout_look_s"))
+        else:
+            canary.forget()
+        facts = Facts(
+            rollout=rollout, number=wanted_number(self._services, endpoint), evidence=canary.evidence,
+            is_loaded=canary.is_loaded, error=canary.error, step_s=self._services.setting("rollout_step_s"),
+        )  # fmt: skip
+        action = decide(now, facts)
+        if action is not None:
+            log.info("the rollout of %s: %s %s", endpoint.name, action.kind, action.reason)
+            self._act(endpoint.name, canary, rollout, action)
+        elif canary.is_to_save(now_s):
+            self._write_rollout(endpoint.name, rollout.id, facts=canary.facts(now_s))
+
+    def _act(self, name: str, canary: Canary, rollout: Rollout, action: Action) -> None:
+        """What ends a rollout goes through the door that people use, as a principal of its own."""
+        now_s, now = time.monotonic(), self._services.clock.now()
+        if action.kind == "run":
+            self._write_rollout(name, rollout.id, state="running", stepped_at=now)
+        elif action.kind == "step":
+            canary.step()
+            facts = canary.facts(now_s)
+            self._write_rollout(name, rollout.id, step=rollout.step + 1, stepped_at=now, facts=facts)
+        elif action.kind == "settle":
+            self._write_rollout(name, rollout.id, state="promoted", reason=action.reason, ended_at=now)
+        else:
+            self._write_rollout(name, rollout.id, facts=canary.facts(now_s))
+            body = {"name": name, "rollout": rollout.id, "reason": action.reason}
+            try:
+                with acting_as(Principal(id=PRINCIPAL)):
+                    self._rollouts.call(f"endpoint.{action.kind}", body)
+            except ApprovalNeededError as error:
+                self._write_rollout(name, rollout.id, is_held=True, reason=f"{error.message}; {error.hint}")
+            except MillraceError as error:  # somebody was quicker, or it is tried again
+                log.warning("the rollout of %s: %s", name, error.message)
+
+    def _write_rollout(self, name: str, rollout: str, **changes: Any) -> None:
+        """Change a rollout that is still on."""
+        assert self._lease is not None
+        with self._services.records.transaction() as transaction:
+            check_fence(transaction, self._lease)
+            endpoint = transaction.get(Endpoint, name)
+            if endpoint is None or endpoint.rollout is None or endpoint.rollout.id != rollout:
+                return
+            if endpoint.rollout.is_active:
+                changed = msgspec.structs.replace(endpoint.rollout, **changes)
+                transaction.put(msgspec.structs.replace(endpoint, rollout=changed), expect_version=endpoint.version)
+
     # ------------------------------------------------------------------ served
 
-    def _keep(self, host: Host, wanted: dict[str, HostedModel], fresh: set[str]) -> None:
+    def _keep(self, host: Host, wanted: dict[str, list[HostedModel]], fresh: set[str]) -> None:
         """Start, restart, feed or stop one process. `fresh`: endpoints that were deployed since the last round."""
         process = host.process
         if process is not None and process.exit_code is not None:
@@ -322,6 +444,8 @@ class Reconciler:
             host.note_death()
             for name in wanted:
                 self._say_died(host, name)
+            if self._blame_candidates(wanted):
+                return  # the next round starts it without them
             process = None
         if not wanted:
             if process is not None:
@@ -336,14 +460,23 @@ class Reconciler:
         if process is not None and (wanted != host.applied or fresh & {*wanted}):
             for name in fresh & {*wanted}:
                 self._write(name, state=STARTING, text="")
-            process.apply(list(wanted.values()))
+            process.apply([model for revisions in wanted.values() for model in revisions])
             host.applied = dict(wanted)
 
-    def _start(self, host: Host, wanted: dict[str, HostedModel]) -> HostProcess | None:
+    def _blame_candidates(self, wanted: dict[str, list[HostedModel]]) -> bool:
+        """A process that dies may have died of a candidate: it does not get a second one. Whether there was one."""
+        tried = [name for name, revisions in wanted.items() if len(revisions) > 1]
+        for name in tried:
+            self._canaries[name].error = "the serving process died while it was being tried"
+        return bool(tried)
+
+    def _start(self, host: Host, wanted: dict[str, list[HostedModel]]) -> HostProcess | None:
         host.began = time.monotonic()
         try:
             process = HostProcess(
-                msgspec.structs.replace(self._place, port=host.port),
+                msgspec.structs.replace(
+                    self._place, port=host.port, grpc_port=self._place.grpc_port if host.key == SHARED else None
+                ),
                 on_frame=lambda name, frame: self._frames.put((name, frame)),
                 on_state=lambda state: self._states.put((host.key, state)),
                 on_denied=self._denied.put,
@@ -370,7 +503,13 @@ class Reconciler:
         """A host has loaded a model, or not. What it says of a model that is wanted no longer is old news."""
         key, state = item
         host, known = self._hosts.get(key), self._models.get(state.endpoint)
-        if host is None or host.process is None or known is None or known[2].version != state.version:
+        if host is None or host.process is None or known is None:
+            return
+        canary = self._canaries.get(state.endpoint)
+        if canary is not None and canary.label == state.version:
+            canary.is_loaded = state.error is None
+            canary.error = canary.error if state.error is None else state.error["message"]
+        if known[2].version != state.version:
             return
         where = {"url": self._url(host.port), "pid": host.process.pid}
         if state.endpoint in self._refused:  # the version before is served on
@@ -388,8 +527,10 @@ class Reconciler:
     def _take_frame(self, item: tuple[str, TelemetryFrame]) -> None:
         name, frame = item
         self._traffic.take(name, frame)
-        watch = self._watches.get(name)
-        if watch is not None:
+        if (canary := self._canaries.get(name)) is not None:
+            canary.take(frame)
+        watch, known = self._watches.get(name), self._models.get(name)
+        if watch is not None and known is not None and frame.version == known[2].version:
             self._log(name, watch.take(frame))
 
     def _count(self, name: str, more: dict[str, float]) -> None:

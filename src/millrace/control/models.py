@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from millrace.core.refs import Ref
 from millrace.core.types import Alias, DatasetVersion, ModelVersion
 
 CHAMPION = "champion"
+MAX_SAMPLE = 10_000
 
 
 def resolve_model(services: Services, text: str) -> ModelVersion:
@@ -237,6 +240,28 @@ def list_datasets(services: Services, body: Page) -> list[DatasetVersion]:
 def get_dataset(services: Services, body: ops.DatasetRequest) -> DatasetVersion:
     """A dataset version."""
     return resolve_dataset(services, body.dataset)
+
+
+@handles(ops.SAMPLE_DATASET)
+def sample_dataset(services: Services, body: ops.DatasetSampleRequest) -> ops.DatasetSample:
+    """Rows of a split, without its label."""
+    if not 1 <= body.rows <= MAX_SAMPLE:
+        raise InputError(f"rows: want 1 to {MAX_SAMPLE}, got {body.rows}")
+    version = resolve_dataset(services, body.dataset)
+    extras.require([("pyarrow", "data")], "reading a dataset")
+    scratch = services.home / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        services.blobs.materialize(version.artifact.digest, Path(folder) / "dataset")
+        reader = extras.load("millrace.formats.dataset:open_dataset")(Path(folder) / "dataset")
+        total = reader.manifest.rows.get(body.split, 0)
+        chosen = random.Random(body.seed).sample(range(total), min(body.rows, total))
+        rows = reader.rows(body.split, chosen)
+        label = reader.manifest.label
+    return ops.DatasetSample(
+        dataset=f"{version.name}@{version.number}", split=body.split, total=total,
+        rows=[{name: value for name, value in row.items() if name != label} for row in rows],
+    )  # fmt: skip
 
 
 @handles(ops.DIFF_DATASETS)

@@ -123,6 +123,14 @@ class StepMemoryError(StageError):
     default_hint = "raise limits.memory, or make the model or the batch smaller"
 
 
+class DeadlineError(MillraceError):
+    """A request's answer would have come after the time by which its sender wanted it."""
+
+    code = "deadline.exceeded"
+    retryable = True
+    default_hint = "give it more time, or try again when less is waiting"
+
+
 class CancelledError(MillraceError):
     """The run was cancelled by a person."""
 

@@ -108,6 +108,8 @@ SETTINGS: tuple[Setting, ...] = (
         name="request_stall_s", type=float, default=30.0, summary="Some of a request's body has to come within this."
     ),
     Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
+    Setting(name="rollout_look_s", type=float, default=1.0, summary="A rollout is judged at most so often."),
+    Setting(name="rollout_step_s", type=float, default=60.0, summary="Each step of a rollout lasts at least so long."),
     Setting(name="backup_to", type=str, default="", summary="Where backups go: an absolute folder or s3://…"),
     Setting(name="backup_key", type=str, default="", summary="What encrypts backups: file:PATH or env:NAME."),
     Setting(

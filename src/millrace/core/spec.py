@@ -255,14 +255,45 @@ class Register(Section, frozen=True, kw_only=True):
     margin: Share = msgspec.field(default_factory=lambda: Share(0.01))
 
 
+class Cache(Section, frozen=True, kw_only=True):
+    """Answers that are kept and given again for equal inputs; `entries: 0` keeps none."""
+
+    entries: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    ttl_s: PositiveFloat = 300.0
+    max_bytes: PositiveInt = 64 << 20
+
+
+class Capture(Section, frozen=True, kw_only=True):
+    """Requests that are kept with their answers, to label, check or train on: this share of them.
+
+    Values of the columns in `mask` are never written; texts lose e-mail addresses and long numbers unless
+    `find_personal` is false. On disk never more than `max_bytes` for each endpoint: the oldest parts go.
+    """
+
+    share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    mask: list[str] = []
+    find_personal: bool = True
+    max_bytes: Annotated[int, Meta(ge=1 << 16)] = 256 << 20
+
+
 class Serve(Section, frozen=True, kw_only=True):
-    """The endpoint that runs and `millrace serve` start."""
+    """The endpoint that runs and `millrace serve` start.
+
+    `threads` of one call, 0: found out by measuring; `slo_p99_ms`: batches take at most half of it. Nobody is let
+    in behind `queue` requests or `queue_s` predicted seconds of work; `client_rate`: requests of one client per
+    second, 0: any number.
+    """
 
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
-    threads: PositiveInt = 1
+    threads: Annotated[int, Meta(ge=0, le=256)] = 0
     max_batch: PositiveInt = 64
     queue: PositiveInt = 1024
+    queue_s: PositiveFloat = 1.0
+    client_rate: Annotated[float, Meta(ge=0)] = 0.0
+    slo_p99_ms: PositiveFloat | None = None
     variant: str = "chosen"
+    cache: Cache = Cache()
+    capture: Capture = Capture()
 
 
 class Monitor(Section, frozen=True, kw_only=True):

@@ -247,7 +247,8 @@ class Endpoint(Record, frozen=True, kw_only=True):
     facts: dict[str, Any] = {}
     is_managed: bool = False  # kept by the server's loop; else it lives with the command that serves it
     is_isolated: bool = False  # a serving process of its own
-    threads: int = 1
+    threads: int = 1  # of one call; 0: found out by measuring
+    slo_p99_ms: float | None = None
     text: str = ""  # why it is in this state
     rollout: Rollout | None = None  # the present one, or the last
 

@@ -230,7 +230,8 @@ def decode_answers(signature: Signature, outputs: Mapping[str, np.ndarray]) -> l
 
     Returns:
         `{"label": …, "probabilities": {class: share}}` or `{"value": …}` per row; a label has the type
-        of the label column. Shares are the shortest decimals that name the float32.
+        of the label column. Shares are the shortest decimals that name the float32. Where a model gives
+        neither, a row's outputs by name.
 
     Raises:
         StageError: The model gave something else.
@@ -239,20 +240,68 @@ def decode_answers(signature: Signature, outputs: Mapping[str, np.ndarray]) -> l
         >>> model = Signature(task="classification", inputs=[], outputs=[], label="y", classes=["no", "yes"])
         >>> decode_answers(model, {"probabilities": np.array([[0.25, 0.75]], dtype=np.float32)})
         [{'label': 'yes', 'probabilities': {'no': 0.25, 'yes': 0.75}}]
+        >>> parts = TensorSpec(name="parts", dtype="int64", shape=[-1, 2])
+        >>> own = Signature(task="regression", inputs=[], outputs=[parts], label="y")
+        >>> decode_answers(own, {"parts": np.array([[1, 2], [3, 4]])})
+        [{'parts': [1, 2]}, {'parts': [3, 4]}]
+    """
+    if signature.task == "regression" and signature.outputs and not any(map(_is_value, signature.outputs)):
+        return _by_output(signature, outputs)
+    best, values = answer_arrays(signature, outputs)
+    if best is None:
+        return [{"value": value} for value in _decimals(values)]
+    labels = answer_labels(signature)
+    rows = _decimals(values)
+    return [
+        {"label": labels[winner], "probabilities": dict(zip(signature.classes, row, strict=True))}
+        for winner, row in zip(best.tolist(), rows, strict=True)
+    ]
+
+
+def answer_arrays(signature: Signature, outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray]:
+    """A model's outputs as arrays, in the order of the rows.
+
+    Args:
+        signature: What the outputs mean.
+        outputs: `probabilities` [rows, classes], or `value` [rows, 1].
+
+    Returns:
+        The index of the likeliest class of each row and the probabilities; of a regression None and the values [rows].
+
+    Raises:
+        StageError: The model gave something else.
     """
     if signature.task == "regression":
-        values = _output(outputs, "value").astype(np.float32, copy=False).reshape(-1)
-        return [{"value": value} for value in _decimals(values)]
+        return None, _output(outputs, "value").astype(np.float32, copy=False).reshape(-1)
     shares = _output(outputs, "probabilities").astype(np.float32, copy=False)
     if shares.ndim != 2 or shares.shape[1] != len(signature.classes):
         raise StageError(f"the model gave probabilities {list(shares.shape)}: want [rows, {len(signature.classes)}]")
-    labels = _labels(tuple(signature.classes), signature.label_type)
-    best = shares.argmax(axis=1).tolist()
-    rows = _decimals(shares)
-    return [
-        {"label": labels[winner], "probabilities": dict(zip(signature.classes, row, strict=True))}
-        for winner, row in zip(best, rows, strict=True)
+    return shares.argmax(axis=1), shares
+
+
+def answer_labels(signature: Signature) -> list[Any]:
+    """The classes as values of the label column's type, in their order.
+
+    Example:
+        >>> answer_labels(Signature(task="classification", inputs=[], outputs=[], label="y", classes=["0", "1"],
+        ...                         label_type="integer"))
+        [0, 1]
+    """
+    return _labels(tuple(signature.classes), signature.label_type)
+
+
+def _is_value(spec: TensorSpec) -> bool:
+    return spec.name == "value" and spec.dtype != "string" and len(spec.shape) <= 2
+
+
+def _by_output(signature: Signature, outputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Each row's outputs by name; numbers as the shortest decimals, not finite as None."""
+    names = [spec.name for spec in signature.outputs]
+    columns = [
+        values.tolist() if values.dtype == object else _decimals(values)
+        for values in (_output(outputs, name) for name in names)
     ]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _output(outputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -16,10 +16,15 @@ from millrace.core.errors import CorruptError, InputError, NotFoundError, StageE
 from millrace.formats.signature import Dtype, TensorSpec
 
 _DTYPES: dict[str, Dtype] = {
+    "tensor(float16)": "float16",
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
+    "tensor(int16)": "int16",
+    "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
@@ -90,7 +95,7 @@ def open_session(
     Args:
         model: A file, or its bytes.
         threads: Threads inside one call; 1 gives the same bits for the same flags.
-        spinning: Busy-wait between calls: lower latency, a busy core.
+        spinning: Busy-wait between the operators of a call: lower latency, busy cores until the call ends.
         optimized_path: Also write the graph after onnxruntime's standard fusions to this file.
         name: What it is called in messages; the path by default.
 
@@ -125,6 +130,7 @@ def open_session(
     options.log_severity_level = _LOG_FATAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # nobody is served between calls
     options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format holds unchecked plans
     if optimized_path is not None:
         # basic fusions give standard operators; the higher levels write files for this processor only

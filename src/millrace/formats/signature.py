@@ -6,7 +6,10 @@ from typing import Literal
 
 import msgspec
 
-Dtype = Literal["float32", "float64", "int8", "uint8", "int32", "int64", "bool", "string"]
+Dtype = Literal[
+    "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+    "string",
+]  # fmt: skip
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):

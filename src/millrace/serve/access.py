@@ -82,15 +82,15 @@ class Guard:
         self._untold: dict[str, tuple[Counter[str], set[str]]] = {}
         self._told_at: dict[str, float] = {}
 
-    def believe(self, callers: Iterable[Caller]) -> None:
-        """These tokens live, and no others, from the next request on."""
+    def believe(self, callers: Iterable[Caller], for_s: float | None = None) -> None:
+        """These tokens live, and no others, from the next request on, for `BELIEVED_S` or as long as is said."""
         self._callers = {
             one.digest: _Known(
                 one.who, frozenset(one.where), float("inf") if one.expires_at is None else one.expires_at
             )
             for one in callers
         }
-        self._believed_until = time.time() + BELIEVED_S
+        self._believed_until = time.monotonic() + (BELIEVED_S if for_s is None else for_s)
         self._passes.clear()
 
     def serve(self, projects: Mapping[str, str]) -> None:
@@ -107,7 +107,7 @@ class Guard:
         """
         given = headers.get(b"authorization", b"")
         until = self._passes.get((given, target))
-        if until is not None and time.time() < until:
+        if until is not None and time.monotonic() < until:
             return None
         return self._decide(target, given)
 
@@ -115,9 +115,9 @@ class Guard:
         path = path_of(target)
         if path in OPEN:
             return None
-        name = b"" if path in self._shared else model_of(path)
-        now = time.time()
-        if now >= self._believed_until:
+        name = b"" if path in self._shared else asked_model(path)
+        now, steady = time.time(), time.monotonic()  # a token expires by the calendar; news age, whatever it jumps to
+        if steady >= self._believed_until:
             return self._deny(name, "", Denial(503, "who may call is not known at this moment", b"Retry-After: 1\r\n"))
         caller = self._callers.get(digest_of(given))
         if caller is None or caller.expires_at <= now:
@@ -133,7 +133,7 @@ class Guard:
             )
         if len(self._passes) >= _MAX_KNOWN:
             self._passes.clear()
-        self._passes[given, target] = min(caller.expires_at, self._believed_until)
+        self._passes[given, target] = min(steady + caller.expires_at - now, self._believed_until)
         return None
 
     def _allows(self, where: frozenset[str], name: bytes) -> bool:
@@ -147,6 +147,11 @@ class Guard:
         """Whether whoever sent a request that passed may call a model."""
         caller = self._callers.get(digest_of(headers.get(b"authorization", b"")))
         return caller is not None and name.encode() in self._projects and self._allows(caller.where, name.encode())
+
+    def who(self, headers: Mapping[bytes, bytes]) -> str:
+        """Whose token a request brings that has passed."""
+        caller = self._callers.get(digest_of(headers.get(b"authorization", b"")))
+        return "unknown" if caller is None else caller.who
 
     def _deny(self, name: bytes, who: str, denial: Denial) -> Denial:
         endpoint = name.decode() if name in self._projects else "*"
@@ -198,3 +203,14 @@ def model_of(path: bytes) -> bytes:
     if len(parts) < 4 or parts[2] != b"models" or parts[1] not in (b"v1", b"v2"):
         return b""
     return parts[3].partition(b":")[0] if parts[1] == b"v1" else parts[3]
+
+
+def asked_model(path: bytes) -> bytes:
+    """The model that a request concerns: asked of one, or to load or unload one.
+
+    Example:
+        >>> asked_model(b"/v2/repository/models/digits/load"), asked_model(b"/v2/models/digits/infer")
+        (b'digits', b'digits')
+    """
+    parts = path.split(b"/")
+    return parts[4] if parts[1:4] == [b"v2", b"repository", b"models"] and len(parts) > 4 else model_of(path)

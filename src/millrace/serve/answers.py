@@ -76,7 +76,7 @@ class Answers:
 
     def _front(self, job: Job) -> bytes:
         document, blob = self._codec.encode(BINARY, job)
-        front = b"%s%s\r\n%s" % (binary_head(len(document), len(blob)), self._date_line, document)
+        front = b"%s%s\r\n%s" % (binary_head(len(document), len(blob or b"")), self._date_line, document)
         if len(self._fronts) < _MAX_FRONTS:
             self._fronts[job.rows] = front
         return front

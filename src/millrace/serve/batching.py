@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from millrace.core.errors import MillraceError
+from millrace.core.errors import DeadlineError, MillraceError
 from millrace.core.types import Struct
+from millrace.serve.calibrate import TICK_LIMIT_S, Cost, Infer, Tensors, calibrate
+from millrace.serve.clients import Client
+from millrace.serve.layouts import Plan, Switch
 
-INLINE_LIMIT_S = 200e-6  # a call of one row quicker than this runs on the event loop
-TICK_LIMIT_S = 2e-3  # a batch predicted to take longer never does: it would hold up every connection
-CHEAP_ENOUGH = 0.05  # a batch is large enough when a row costs at most so much more than at the best size
+__all__ = ["Batcher", "Call", "Cost", "Infer", "Job", "Outputs", "Packing", "Tensors", "calibrate", "finish_jobs"]
 YIELD_AFTER_S = 5e-3  # the loop gets its turn between inline batches after so long
 # what a runtime may raise for an input: one batch fails, never the server
 RUN_ERRORS = (MillraceError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-
-
-Tensors = dict[str, np.ndarray]
-
-
-class Infer(Protocol):
-    """Outputs by name for tensors by name."""
-
-    def __call__(self, tensors: Mapping[str, np.ndarray], /) -> Tensors: ...
 
 
 class Packing(Struct, frozen=True):
@@ -57,10 +48,11 @@ class Outputs:
         tensors: Outputs by name; the first dimension is the row.
     """
 
-    __slots__ = ("answers", "blob", "json", "tensors")
+    __slots__ = ("answers", "blob", "end_ns", "json", "start_ns", "tensors")
 
     def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
         self.tensors = tensors
+        self.start_ns = self.end_ns = 0  # of the call, on `time.perf_counter_ns`; 0: there was none
         self.blob: bytes | None = None  # of the only output
         self.json: list[bytes] | None = None  # each row of the only output
         self.answers: list[Any] | None = None
@@ -77,11 +69,18 @@ class Job:
         size_bytes: Of the request, for the queue's bound.
         packing: What `data` is.
         data: Whole rows, at least one.
+
+    `deadline_ns`: on `time.perf_counter_ns`, what cannot be answered by then is not begun; 0: none.
+    `digest`: of its tensors, where answers are kept; empty: not to be kept.
+    `client`: who asks, where that matters.
     """
 
     __slots__ = (
         "_tensors",
+        "client",
         "data",
+        "deadline_ns",
+        "digest",
         "enqueued_ns",
         "error",
         "is_cancelled",
@@ -110,6 +109,9 @@ class Job:
         self.is_cancelled = False
         self.is_done = False
         self.enqueued_ns = 0
+        self.deadline_ns = 0
+        self.client: Client | None = None
+        self.digest = b""
 
     @property
     def tensors(self) -> Tensors:
@@ -131,92 +133,13 @@ class Job:
         raise NotImplementedError  # pragma: no cover - every transport has its own
 
 
-class Cost(Struct, frozen=True, kw_only=True):
-    """How long a call takes: `base_s` + rows x `per_row_s`, measured; and where a row is cheapest.
-
-    `best_rows`: larger calls are no cheaper per row, so nobody is kept waiting for them.
-
-    Example:
-        >>> round(Cost(base_s=1e-5, per_row_s=1e-6).predict_s(10), 9)
-        2e-05
-    """
-
-    base_s: float
-    per_row_s: float
-    best_rows: int | None = None
-
-    def predict_s(self, rows: int) -> float:
-        """Seconds for a call of so many rows."""
-        return self.base_s + rows * self.per_row_s
-
-    @property
-    def is_inline(self) -> bool:
-        """Whether one row is quicker than handing it to a thread would be worth."""
-        return self.predict_s(1) < INLINE_LIMIT_S
-
-
-def calibrate(infer: Infer, sample: Mapping[str, np.ndarray], max_batch: int, budget_s: float = 0.15) -> Cost:
-    """Time calls of 1 row and, where that is quick, of 2, 4, 8 … `max_batch` rows.
-
-    Args:
-        infer: The model.
-        sample: Real tensors of at least one row.
-        max_batch: Rows of the largest call.
-        budget_s: For all repetitions together.
-
-    Returns:
-        The line through the quickest calls of one row and of the best size: noise only ever adds. A slow
-        model is taken to cost as much per row: being ready matters more than knowing better.
-
-    Raises:
-        MillraceError: The model failed.
-    """
-    sizes = [1, *(2**power for power in range(1, max_batch.bit_length()) if 2**power < max_batch), max_batch]
-    quickest_s: dict[int, float] = {}
-    for size in dict.fromkeys(sizes):
-        tensors = {name: np.repeat(values[:1], size, axis=0) for name, values in sample.items()}
-        quickest_s[size] = _quickest(infer, tensors, budget_s / len(sizes))
-        if quickest_s[size] > TICK_LIMIT_S:
-            break
-    single_s = quickest_s[1]
-    if len(quickest_s) == 1:
-        return Cost(base_s=0.0, per_row_s=single_s, best_rows=None if single_s > TICK_LIMIT_S else 1)
-    cheapest_s = min(took_s / size for size, took_s in quickest_s.items())
-    best = next(size for size, took_s in quickest_s.items() if took_s / size <= cheapest_s * (1 + CHEAP_ENOUGH))
-    reach = max(best, 2)
-    per_row_s = max(0.0, (quickest_s[reach] - single_s) / (reach - 1))
-    return Cost(base_s=max(0.0, single_s - per_row_s), per_row_s=per_row_s, best_rows=best)
-
-
-def _quickest(infer: Infer, tensors: Mapping[str, np.ndarray], budget_s: float) -> float:
-    begin = time.perf_counter()
-    infer(tensors)  # the first call of a shape allocates
-    quickest = time.perf_counter() - begin
-    if quickest > budget_s:
-        return quickest
-    for _ in range(30):
-        start = time.perf_counter()
-        infer(tensors)
-        end = time.perf_counter()
-        quickest = min(quickest, end - start)
-        if end - begin > budget_s:
-            break
-    return quickest
-
-
-def _rows_within(cost: Cost, limit_s: float) -> int:
-    """The most rows whose call is predicted to take no longer; a row that is itself slower still runs."""
-    if cost.per_row_s <= 0:
-        return sys.maxsize
-    return max(1, int((limit_s - cost.base_s) / cost.per_row_s))
-
-
 class Batcher:
     """Collects jobs into batches and runs them, inline or on runner threads.
 
     Inline: the jobs of one tick of the loop are one batch, run by a callback of the same loop, without
-    a lock or a hand-off. Otherwise runner threads take whatever is queued when they are free. Nobody
-    ever waits for a batch to fill. `submit` and every `done` belong to the event loop's thread.
+    a lock or a hand-off. Otherwise runner threads take whatever is queued when they are free, in the layout
+    that suits the queue's depth. Nobody ever waits for a batch to fill. `submit`, `adopt` and every `done`
+    belong to the event loop's thread.
 
     Args:
         infer: The model; called from runner threads unless inline.
@@ -241,11 +164,12 @@ class Batcher:
         self.max_batch = min(max_batch, cost.best_rows or max_batch)
         self.is_inline = cost.is_inline
         self.finish: Callable[[list[Job], list[Call]], None] = finish_jobs  # on the loop, after each batch
-        self._infer = infer
-        self._inline_rows = _rows_within(cost, TICK_LIMIT_S) if self.is_inline else 0  # of a job that runs on the loop
+        self._plan = Plan(infer, cost, self.max_batch, runners)
+        self._switch = Switch(self._plan, self._plan)
+        self._inline_rows = cost.rows_within(TICK_LIMIT_S) if self.is_inline else 0  # of a job that runs on the loop
         self._call_soon = call_soon
         self._call_from_thread = call_from_thread
-        self._runners = runners
+        self._busy = 0  # calls that runner threads are in
         self._queue: deque[Job] = deque()
         self._is_scheduled = False
         self._is_closed = False
@@ -268,6 +192,26 @@ class Batcher:
             self._is_scheduled = True
             self._call_soon(self._flush)
 
+    def adopt(self, shallow: Plan, deep: Plan) -> None:
+        """Make calls otherwise from now on; those that run go on, nothing that is queued is lost.
+
+        Args:
+            shallow: What answers one request soonest.
+            deep: What answers the most in a second.
+        """
+        with self._ready:
+            self.cost, self.max_batch = shallow.cost, deep.rows
+            self._plan = deep
+            self._switch = Switch(shallow, deep)
+            if self.is_inline:
+                self._inline_rows = deep.cost.rows_within(TICK_LIMIT_S)
+            self._ready.notify_all()
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the queue is so deep that calls follow the plan that answers the most."""
+        return self._switch.is_deep
+
     def close(self, wait_s: float = 5.0) -> None:
         """Stop the threads once their queue is empty; a call that takes longer than `wait_s` is left behind."""
         with self._ready:
@@ -282,9 +226,11 @@ class Batcher:
         queue = self._queue
         limit = min(self.max_batch, self._inline_rows)
         while queue:
-            batch = _take(queue, limit)
+            batch, late = _take(queue, limit, self.cost)
+            if late:
+                self.finish(late, [])
             if batch:
-                self.finish(batch, self._execute(batch))
+                self.finish(batch, self._execute(batch, self._plan))
             if queue and time.perf_counter() - start > YIELD_AFTER_S:
                 self._is_scheduled = True
                 self._call_soon(self._flush)
@@ -295,7 +241,7 @@ class Batcher:
     def _hand_over(self, job: Job) -> None:
         with self._ready:
             self._thread_queue.append(job)
-            if len(self._threads) < self._runners:
+            if len(self._threads) < self._switch.callers:
                 name = f"runner-{len(self._threads)}"
                 thread = threading.Thread(target=self._run_forever, name=name, daemon=True)
                 self._threads.append(thread)
@@ -304,42 +250,58 @@ class Batcher:
 
     def _run_forever(self) -> None:
         while True:
-            with self._ready:
-                while not self._thread_queue and not self._is_closed:
-                    self._ready.wait()
-                if not self._thread_queue:
-                    return
-                batch = _take(self._thread_queue, self.max_batch)
-            if batch:
-                calls = self._execute(batch)
-                try:
+            taken = self._next_batch()
+            if taken is None:
+                return
+            plan, batch, late = taken
+            try:
+                if late:
+                    self._call_from_thread(self.finish, late, [])
+                calls = self._execute(batch, plan) if batch else []
+                with self._ready:
+                    self._busy -= 1
+                if batch:
                     self._call_from_thread(self.finish, batch, calls)
-                except RuntimeError:
-                    return  # the loop is closed: the drain's time was up
+            except RuntimeError:
+                return  # the loop is closed: the drain's time was up
+            del taken, batch, late, calls  # not kept until the next one comes
+
+    def _next_batch(self) -> tuple[Plan, list[Job], list[Job]] | None:
+        """Wait for a turn, then take jobs for one call; None: it is over."""
+        queue = self._thread_queue
+        with self._ready:
+            while True:
+                was_deep = self._switch.is_deep
+                plan = self._switch.next(len(queue), self._busy) if queue else None
+                if plan is not None:
+                    break
+                if self._is_closed and not queue:
+                    self._ready.notify_all()
+                    return None
+                self._ready.wait()
+            if self._switch.is_deep and not was_deep:
+                self._ready.notify_all()  # those that had no turn so far
+            self._busy += 1
+            return plan, *_take(queue, plan.limit(len(queue)), plan.cost)
 
     # ------------------------------------------------------------------ one batch
 
-    def _execute(self, batch: list[Job]) -> list[Call]:
+    def _execute(self, batch: list[Job], plan: Plan) -> list[Call]:
         """Run a batch; when it fails, each of its jobs alone, so that only the guilty one fails."""
         start_ns = time.perf_counter_ns()
         try:
             tensors = _join(batch)
-            outputs = self._infer(tensors) if batch[-1].rows <= self.max_batch else self._run_slices(tensors)
+            joined_ns = time.perf_counter_ns()
+            outputs = plan.infer(tensors) if batch[-1].rows <= plan.rows else _run_slices(tensors, plan)
             _share_out(batch, outputs)
         except RUN_ERRORS as error:
             if len(batch) == 1:
                 batch[0].error = error
                 return []
-            return [call for job in batch for call in self._execute([job])]
-        return [Call(tensors, outputs, batch, start_ns, time.perf_counter_ns())]
-
-    def _run_slices(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        rows = len(next(iter(tensors.values())))
-        parts = [
-            self._infer({name: values[start : start + self.max_batch] for name, values in tensors.items()})
-            for start in range(0, rows, self.max_batch)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            return [call for job in batch for call in self._execute([job], plan)]
+        shared = batch[0].shared
+        shared.start_ns, shared.end_ns = start_ns, time.perf_counter_ns()
+        return [Call(tensors, outputs, batch, start_ns, shared.end_ns, joined_ns)]
 
 
 class Call(NamedTuple):
@@ -350,21 +312,34 @@ class Call(NamedTuple):
     jobs: Sequence[Job]
     start_ns: int
     end_ns: int
+    joined_ns: int = 0  # when its jobs were put together
 
 
-def _take(queue: deque[Job], limit: int) -> list[Job]:
-    """Jobs from the front up to `limit` rows; at least one, without those that were cancelled."""
+def _take(queue: deque[Job], limit: int, cost: Cost) -> tuple[list[Job], list[Job]]:
+    """Jobs from the front up to `limit` rows, at least one, without those that were cancelled; and who is too late.
+
+    Too late is whose deadline passes before a call of the rows up to its own is predicted to end.
+    """
     batch: list[Job] = []
-    rows = 0
+    late: list[Job] = []
+    rows = now_ns = 0
     while queue:
         job = queue[0]
         if batch and rows + job.rows > limit:
             break
         queue.popleft()
-        if not job.is_cancelled:
-            batch.append(job)
-            rows += job.rows
-    return batch
+        if job.is_cancelled:
+            continue
+        if job.deadline_ns:
+            now_ns = now_ns or time.perf_counter_ns()
+            if now_ns + cost.predict_s(rows + job.rows) * 1e9 > job.deadline_ns:
+                waited = f"it waited {(now_ns - job.enqueued_ns) / 1e9:.3g} s"
+                job.error = DeadlineError(f"the deadline would have passed before the answer: {waited}")
+                late.append(job)
+                continue
+        batch.append(job)
+        rows += job.rows
+    return batch, late
 
 
 def _join(batch: list[Job]) -> Tensors:
@@ -376,6 +351,15 @@ def _join(batch: list[Job]) -> Tensors:
         if len(parts) == len(batch):
             return first.packing.tensors(b"".join(parts))
     return {name: np.concatenate([job.tensors[name] for job in batch]) for name in first.tensors}
+
+
+def _run_slices(tensors: Mapping[str, np.ndarray], plan: Plan) -> Tensors:
+    rows = len(next(iter(tensors.values())))
+    parts = [
+        plan.infer({name: values[start : start + plan.rows] for name, values in tensors.items()})
+        for start in range(0, rows, plan.rows)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _share_out(batch: list[Job], outputs: Mapping[str, np.ndarray]) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from millrace.core.errors import MillraceError, NotFoundError
+from millrace.core.errors import MillraceError, NotFoundError, UnavailableError
 from millrace.serve import documents
 from millrace.serve.access import model_of, path_of
+from millrace.serve.admission import Refusal
+from millrace.serve.clients import Client
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.exchange import Exchange
+from millrace.serve.loading import PREFIX, FixedModels, Loading, Repository
 from millrace.serve.metrics import server_lines
+from millrace.serve.page import ASSET_HEADERS, ASSETS, HEADERS, HTML_TYPE, asset, list_page
 from millrace.serve.revisions import Directory, Revisions
 from millrace.serve.routes import Route, Routes
 from millrace.serve.service import Service
@@ -34,9 +37,10 @@ class Catalog:
     def __init__(self, directory: Directory, server_version: str, max_body_bytes: int) -> None:
         self.directory = directory
         self.service: Service  # set by the server, which needs the handler first
-        self._version, self._max_body_bytes = server_version, max_body_bytes
-        self._models: WeakKeyDictionary[DataPlane, Routes] = WeakKeyDictionary()
+        self.server_version, self._max_body_bytes = server_version, max_body_bytes
+        self._models: dict[DataPlane, Routes] = {}  # of what is served
         self._answered: Counter[int] = Counter()  # without a model, by status
+        self.loading = Loading(FixedModels(directory), self._error)  # another where not all models are loaded
         self._targets: dict[bytes, Route] = {}  # of POSTs that always mean the same
         directory.changed.append(self._forget)
         self._routes: dict[bytes, tuple[bytes, Callable[[Exchange], None]]] = {
@@ -47,11 +51,26 @@ class Catalog:
             b"/v2/repository/index": (b"POST", self._index),
             b"/v1/models": (b"GET", self._list),
             b"/metrics": (b"GET", self._metrics),
+            b"/": (b"GET", self._page),
+            **{path: (b"GET", self._asset) for path in ASSETS},
         }
+
+    def refuse_early(self, target: bytes, size_bytes: int, held: int, client: Client | None, /) -> Refusal | None:
+        """Why a body need not be read, decided by its request's head."""
+        name = model_of(path_of(target)).decode("utf-8", "replace")
+        if name not in self.directory:
+            return None
+        return self.directory.find(name).primary.refusal(size_bytes, held, client)
+
+    def serve_repository(self, repository: Repository) -> None:
+        """Models are loaded and unloaded by this from now on."""
+        self.loading = Loading(repository, self._error)
 
     def _forget(self) -> None:
         """What was served under a name may be served by another model now."""
         self._targets.clear()
+        served = {plane for endpoint in self.directory for plane in endpoint.planes}
+        self._models = {plane: routes for plane, routes in self._models.items() if plane in served}
         self.service.forget_heads()
 
     # ------------------------------------------------------------------ routing
@@ -68,6 +87,8 @@ class Catalog:
             path = path_of(head.target)
             method, route = self._routes.get(path) or self._find(path, exchange)
         except MillraceError as error:
+            if isinstance(error, UnavailableError) and self.loading.hold(exchange, self.handle):
+                return
             is_missing = isinstance(error, NotFoundError)
             self._error(
                 exchange, 404 if is_missing else 503, error.message, b"" if is_missing else b"Retry-After: 1\r\n"
@@ -86,6 +107,8 @@ class Catalog:
             NotFoundError: There is none.
             UnavailableError: There will be.
         """
+        if path.startswith(PREFIX) and (change := self.loading.route(path, exchange, self.service.guard)) is not None:
+            return b"POST", change
         name = model_of(path)
         if not name:
             raise _nothing_at(path)
@@ -149,7 +172,7 @@ class Catalog:
         self._json(exchange, {"ready": ready}, 200 if ready else 503)
 
     def _metadata(self, exchange: Exchange) -> None:
-        self._json(exchange, documents.server_metadata(self._version))
+        self._json(exchange, documents.server_metadata(self.server_version))
 
     def _statistics(self, exchange: Exchange) -> None:
         self._statistics_of(self._visible(exchange), exchange)
@@ -157,18 +180,31 @@ class Catalog:
     def _statistics_of(self, endpoints: list[Revisions], exchange: Exchange) -> None:
         parts: list[Any] = []
         for plane in [plane for endpoint in endpoints for plane in endpoint.planes]:
-            parts += documents.statistics(plane.info.name, plane.info.version, plane.metrics)["model_stats"]
+            name, version = plane.info.name, plane.info.version
+            parts += documents.statistics(name, version, plane.metrics, plane.calibration)["model_stats"]
         self._json(exchange, {"model_stats": parts})
 
     def _index(self, exchange: Exchange) -> None:
-        self._json(exchange, [
-            {"name": plane.info.name, "version": plane.info.version,
-             "state": "READY" if plane.is_ready else "UNAVAILABLE", "reason": ""}
-            for endpoint in self._visible(exchange) for plane in endpoint.planes
-        ])  # fmt: skip
+        guard, headers = self.service.guard, exchange.head.headers
+        wants_ready = documents.wants_ready(exchange.body)
+        if wants_ready is None:
+            self._error(exchange, 400, 'want {"ready": true}, {"ready": false} or no body', b"")
+            return
+        rows = [row for row in self.loading.repository.index() if not wants_ready or row["state"] == "READY"]
+        self._json(exchange, [row for row in rows if guard is None or guard.sees(headers, row["name"])])
 
     def _list(self, exchange: Exchange) -> None:
         self._json(exchange, {"models": [endpoint.name for endpoint in self._visible(exchange)]})
+
+    def _page(self, exchange: Exchange) -> None:
+        self._answered[200] += 1
+        page = list_page([endpoint.name for endpoint in self._visible(exchange)])
+        exchange.reply(200, page.encode(), HTML_TYPE, HEADERS)
+
+    def _asset(self, exchange: Exchange) -> None:
+        found = asset(path_of(exchange.head.target))
+        self._answered[200] += 1
+        exchange.reply(200, found.data, found.media_type, ASSET_HEADERS)
 
     def _metrics(self, exchange: Exchange) -> None:
         self._answered[200] += 1
@@ -181,7 +217,9 @@ class Catalog:
             self._routes_of(plane, endpoint).exposition(denied[endpoint.name])
             for endpoint in endpoints for plane in endpoint.planes
         ]  # fmt: skip
-        return merge_expositions([*texts, server_lines(self._answered, len(self.service.connections))])
+        log = self.service.access_log
+        dropped = 0 if log is None else log.dropped
+        return merge_expositions([*texts, server_lines(self._answered, len(self.service.connections), dropped)])
 
 
 def _nothing_at(path: bytes) -> NotFoundError:

@@ -5,26 +5,64 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
+from millrace.core import extras
 from millrace.core.errors import InputError, MillraceError
 from millrace.core.ports import Verifier
 from millrace.core.types import Struct
+from millrace.formats.bundle import BASE
+from millrace.serve.explaining import explain
 from millrace.serve.runtimes.onnx import OnnxRuntime
 from millrace.serve.server import ServerConfig, run_server
 
+SEVERAL = "millrace.serve.several:serve_models"
+GROUP = "millrace.serve.processes:serve_group"
 
-class ChildConfig(Struct, frozen=True, kw_only=True):
-    """A bundle and how to serve it.
 
-    `server.reference` is taken from the bundle when it is absent; `digest` is the tree's digest.
+class ServedModel(Struct, frozen=True, kw_only=True):
+    """A version of an endpoint. Plain data: it crosses a process border as JSON.
+
+    `source`: a bundle at `path`; code at `path` (`attribute`: the class; without one a folder with weights);
+    an ensemble, with the `document` that says how its `parts` are put together. `weight` as of a revision.
     """
 
-    bundle_dir: str
+    name: str
+    version: str = "1"
+    source: Literal["bundle", "code", "ensemble"] = "bundle"
+    path: str = ""
+    attribute: str = ""
     digest: str | None = None
-    threads: int = 1
+    variant: str = BASE
+    threads: int = 0
+    max_batch: int = 64
+    queue: int = 1024
+    reference: dict[str, Any] | None = None
+    weight: float = 1.0
+    document: dict[str, Any] = {}
+    parts: dict[str, ServedModel] = {}
+
+
+class ChildConfig(Struct, frozen=True, kw_only=True):
+    """A bundle and how to serve it; or, in its place, `models`.
+
+    `server.reference` is taken from the bundle when it is absent; `digest` is the tree's digest. Of the models
+    those named in `preload` are loaded before the server is ready, as far as the budget goes. With
+    `wants_explanation` nothing is served: how the bundle is best called goes to stdout, as JSON. `processes`: so
+    many share the port, as of `serve.processes`.
+    """
+
+    bundle_dir: str = ""
+    digest: str | None = None
+    threads: int = 0
     telemetry_fd: int | None = None
+    models: list[ServedModel] = []
+    preload: list[str] = []
+    memory_budget_bytes: int | None = None
+    wants_explanation: bool = False
+    processes: int = 1
     server: ServerConfig
 
 
@@ -52,6 +90,12 @@ def serve_bundle(config: ChildConfig, signature: bytes | None = None, verifier: 
     )  # fmt: skip
     runtime.load()
     server = config.server
+    if config.wants_explanation:
+        found = explain(
+            runtime, runtime.bundle.signature, server.max_batch, server.calibrations, server.slo_p99_ms
+        )  # fmt: skip
+        print(msgspec.json.encode(found).decode(), flush=True)
+        return 0
     if server.reference is None:
         server = msgspec.structs.replace(server, reference=runtime.bundle.reference)
     return run_server(server, runtime, runtime.bundle.signature, config.telemetry_fd)
@@ -81,7 +125,10 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m millrace.serve.child --config FILE (- for stdin)", file=sys.stderr)
         return 2
     try:
-        return serve_bundle(read_config(arguments[1]))
+        config = read_config(arguments[1])
+        if config.processes > 1:
+            return extras.load(GROUP)(config)
+        return extras.load(SEVERAL)(config) if config.models else serve_bundle(config)
     except MillraceError as error:
         report_failure(error)
         return 1

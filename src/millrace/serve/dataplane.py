@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from millrace.core.errors import InputError
+from millrace.core.errors import DeadlineError, InputError
 from millrace.core.ports import Runtime
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.admission import Admission, Refusal
 from millrace.serve.batching import Batcher, Call, Job
+from millrace.serve.breaker import Breaker
+from millrace.serve.capture import Recorder
+from millrace.serve.clients import Client
 from millrace.serve.metrics import Metrics
+from millrace.serve.racing import Calibration
 from millrace.serve.telemetry import Collector
+
+_log = logging.getLogger(__name__)
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -24,6 +33,23 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     name: str
     version: str
     variant: str = "fp32"
+
+
+class Tunes(Protocol):
+    """Measures a model while nobody asks it, and lets its plane go over to what is better."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it uses the processors now."""
+        ...
+
+    def tick(self, now_s: float, is_alone: bool) -> None:
+        """Look whether it is quiet; `is_alone`: no other model is busy."""
+        ...
+
+    def stop(self, wait_s: float = 1.0) -> None:
+        """No more measurements."""
+        ...
 
 
 class DataPlane:
@@ -54,12 +80,34 @@ class DataPlane:
         self.batcher = batcher
         self.collector = collector
         self.metrics = Metrics()
+        self.breaker = Breaker()
+        self.sample: Mapping[str, np.ndarray] | None = None  # a right row, to try the model with
+        self.recorder: Recorder | None = None  # keeps some requests with their answers
+        self.examples: Mapping[str, np.ndarray] = {}  # rows that the model was tested with
+        self.reference: Mapping[str, Any] = {}  # the profile of the rows that it learned from
+        self._trial: asyncio.TimerHandle | None = None
+        self.mirror: Callable[[Call], None] | None = None  # gets a copy of every call once it is answered
+        self.closing: Callable[[], None] | None = None  # stops what else uses the runtime
+        self.calibration: Calibration | None = None  # how the model is called
+        self.tuner: Tunes | None = None  # looks for a better way while nobody asks
         batcher.finish = self._finish
 
     @property
     def is_ready(self) -> bool:
         """Whether requests should come here."""
         return self.runtime.is_ready and not self.admission.is_draining
+
+    def refusal(self, size_bytes: int, held_by_connection: int = 0, client: Client | None = None) -> Refusal | None:
+        """Why a request would be refused, before its body is looked at; nothing is counted.
+
+        Args:
+            size_bytes: Of its body.
+            held_by_connection: How many requests of its connection wait already.
+            client: Whose quota it is; None: nobody's.
+        """
+        return (
+            self._unwell() if self.breaker.is_open else self.admission.refusal(size_bytes, held_by_connection, client)
+        )
 
     def submit(self, job: Job, held_by_connection: int = 0) -> Refusal | None:
         """Queue a request.
@@ -71,35 +119,128 @@ class DataPlane:
         Returns:
             None when `job.done` will be called, once, on the loop; otherwise why it was refused.
         """
-        refusal = self.admission.admit(job.size_bytes, held_by_connection)
+        if self.breaker.is_open:
+            return self._unwell()
+        if job.deadline_ns and (refusal := self._too_late(job)) is not None:
+            return refusal
+        refusal = self.admission.admit(job.size_bytes, held_by_connection, job.rows, job.client)
         if refusal is None:
             self.batcher.submit(job)
         return refusal
+
+    def _too_late(self, job: Job) -> Refusal | None:
+        """Why a job would miss its deadline behind what waits."""
+        left_s = (job.deadline_ns - time.perf_counter_ns()) / 1e9
+        wanted_s = self.admission.wait_s + self.batcher.cost.predict_s(job.rows)
+        if wanted_s <= left_s:
+            return None
+        self.metrics.late += 1
+        message = f"the answer is predicted in {wanted_s:.2g} s, after the deadline in {max(0.0, left_s):.2g} s"
+        return Refusal(status=504, message=message)
+
+    def _unwell(self) -> Refusal:
+        now_s = time.monotonic()
+        message = f"the model {self.info.name!r} only failed: it is not asked until it works again"
+        return Refusal(status=503, message=message, retry_after_s=self.breaker.retry_after_s(now_s))
 
     def cancel(self, job: Job) -> None:
         """The client is gone: the job is skipped if no call has taken it yet; `done` is not called."""
         if not job.is_cancelled and not job.is_done:
             job.is_cancelled = True
-            self.admission.release(job.size_bytes)
+            self.admission.release(job.size_bytes, 1, job.rows)
+            self.admission.release_client(job.client, job.rows)
 
     def _finish(self, batch: list[Job], calls: list[Call]) -> None:
         """The answers first, then the statistics."""
         now_ns = time.perf_counter_ns()
-        metrics = self.metrics
+        metrics, admission = self.metrics, self.admission
         jobs = [job for job in batch if not job.is_cancelled]
-        self.admission.release(sum([job.size_bytes for job in jobs]), len(jobs))
+        rows = sum([job.rows for job in jobs])
+        admission.release(sum([job.size_bytes for job in jobs]), len(jobs), rows)
+        if admission.held:
+            for job in jobs:
+                admission.release_client(job.client, job.rows)
         for job in jobs:
             job.is_done = True
             job.done()
+        serialize_ns = time.perf_counter_ns() - now_ns
         metrics.latency.extend([(now_ns - job.enqueued_ns) * 1e-9 for job in jobs])
         if len(calls) != 1 or len(calls[0].jobs) != len(batch):  # what failed has no call
-            metrics.failures += sum([job.error is not None for job in jobs])
+            self._count_failures(batch, jobs)
+        elif self.breaker.failures:
+            self.breaker.succeeded()
+        if calls and (admission.waiting or admission.busy_since_ns or admission.is_slow):
+            admission.learn(rows, batch[0].enqueued_ns, now_ns)
         for call in calls:
-            queue_ns = sum([call.start_ns - job.enqueued_ns for job in call.jobs])
+            start_ns = call.start_ns
+            waits_ns = [start_ns - job.enqueued_ns for job in call.jobs]
             rows = sum([job.rows for job in call.jobs])
-            metrics.observe_call(rows, call.end_ns - call.start_ns, queue_ns)
-            if self.collector is not None:
-                self.collector.add(call.tensors, call.outputs)
+            metrics.observe_call(rows, waits_ns, start_ns, call.joined_ns, call.end_ns, serialize_ns)
+            serialize_ns = -1
+            if self.collector is not None or self.mirror is not None or self.recorder is not None:
+                self._pass_on(call)
+
+    def _pass_on(self, call: Call) -> None:
+        """To those that look at rows and answers."""
+        if self.collector is not None:
+            self.collector.add(call.tensors, call.outputs)
+        if self.mirror is not None:
+            self.mirror(call)
+        if self.recorder is not None:
+            self.recorder.take(call)
+
+    # ------------------------------------------------------------------ a model that only fails
+
+    def _count_failures(self, batch: list[Job], jobs: list[Job]) -> None:
+        late = sum([isinstance(job.error, DeadlineError) for job in jobs])
+        self.metrics.late += late
+        self.metrics.failures += sum([job.error is not None for job in jobs]) - late
+        for job in batch:
+            if job.error is None:
+                self.breaker.succeeded()
+            elif not isinstance(job.error, InputError | DeadlineError) and self.breaker.failed():
+                _log.error("the model %r failed %d times in a row: it is not asked until it works again; the last: %s",
+                           self.info.name, self.breaker.failures, job.error)  # fmt: skip
+                self._try()
+
+    def _try(self) -> None:
+        """Ask the model for a row that is right, of no client."""
+        trial = _Trial(sample_of(self.signature, self.sample), self._tried)
+        self.admission.count(trial.size_bytes, trial.rows)
+        self.batcher.submit(trial)
+
+    def _tried(self, error: Exception | None) -> None:
+        wait_s = self.breaker.tried(error is None, time.monotonic())
+        if error is None:
+            _log.warning("the model %r works: requests are let in again", self.info.name)
+        else:
+            self._trial = asyncio.get_running_loop().call_later(wait_s, self._try)
+
+    def close(self, wait_s: float) -> None:
+        """Stop its threads; a call that takes longer is left behind. Then the runtime may be unloaded."""
+        if self._trial is not None:
+            self._trial.cancel()
+        if self.closing is not None:
+            self.closing()
+        if self.tuner is not None:
+            self.tuner.stop(wait_s)
+        self.batcher.close(wait_s)
+        if self.recorder is not None:
+            self.recorder.close()
+
+
+class _Trial(Job):
+    """A row of no client, which shows whether the model works."""
+
+    __slots__ = ("_tell",)
+
+    def __init__(self, tensors: dict[str, np.ndarray], tell: Callable[[Exception | None], None]) -> None:
+        super().__init__(tensors)
+        self._tell = tell
+
+    def done(self) -> None:
+        """Tell."""
+        self._tell(self.error)
 
 
 class CheckedInfer:
@@ -116,7 +257,7 @@ class CheckedInfer:
 
     def __init__(self, runtime: Runtime, signature: Signature) -> None:
         self._infer = runtime.infer
-        self._specs = [spec for spec in signature.inputs if spec.dtype in ("float32", "float64")]
+        self._specs = [spec for spec in signature.inputs if spec.dtype in ("float16", "float32", "float64")]
 
     def __call__(self, tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
         """Outputs by name.
@@ -128,7 +269,9 @@ class CheckedInfer:
             values = tensors[spec.name]
             flat = values.reshape(-1)
             # one product tells that all is finite; where squares overflow, the passes over the values decide
-            if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
+            with np.errstate(over="ignore"):
+                product = flat.dot(flat)
+            if not math.isfinite(product) and not np.isfinite(values).all():
                 check_finite(spec, values)
         return self._infer(tensors)
 

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from millrace.formats.signature import Signature, TensorSpec
-from millrace.serve.metrics import Metrics
+from millrace.serve.metrics import BucketCounts, Metrics
+from millrace.serve.racing import Calibration
 from millrace.serve.tensors import DATATYPES
+
+
+class _IndexRequest(msgspec.Struct):
+    ready: bool = False
 
 
 def server_metadata(version: str) -> dict[str, Any]:
     """`GET /v2`."""
     extensions = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
     return {"name": "millrace", "version": version, "extensions": extensions}
+
+
+def wants_ready(body: bytes) -> bool | None:
+    """Whether a request for the index is for ready models alone; None: it is no such request.
+
+    Example:
+        >>> wants_ready(b'{"ready": true}'), wants_ready(b""), wants_ready(b"[")
+        (True, False, None)
+    """
+    if not body.strip():
+        return False
+    try:
+        return msgspec.json.decode(body, type=_IndexRequest).ready
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def model_metadata(name: str, versions: list[str], signature: Signature) -> dict[str, Any]:
@@ -61,8 +83,8 @@ def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, A
     }
 
 
-def statistics(name: str, version: str, metrics: Metrics) -> dict[str, Any]:
-    """`GET /v2/models/{name}/stats`, in Triton's form; times in nanoseconds.
+def statistics(name: str, version: str, metrics: Metrics, calibration: Calibration | None = None) -> dict[str, Any]:
+    """`GET /v2/models/{name}/stats`, in Triton's form, times in nanoseconds; what is ours alone under `millrace`.
 
     Example:
         >>> statistics("m", "1", Metrics())["model_stats"][0]["inference_count"]
@@ -73,17 +95,20 @@ def statistics(name: str, version: str, metrics: Metrics) -> dict[str, Any]:
     def duration(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
 
-    nothing = duration(0, 0)
+    def spent(counts: BucketCounts) -> dict[str, int]:
+        return duration(counts.total, int(counts.sum * 1e9))
+
+    split = metrics.split
     batches = [
         {
             "batch_size": rows,
-            "compute_input": nothing,
-            "compute_infer": duration(calls, metrics.batch_ns[rows]),
-            "compute_output": nothing,
+            "compute_input": duration(0, 0),  # they are measured over all sizes
+            "compute_infer": duration(calls, took_ns),
+            "compute_output": duration(0, 0),
         }
-        for rows, calls in sorted(metrics.batches.items())
+        for rows, (calls, took_ns) in sorted(metrics.batches.items())
     ]
-    model = {
+    model: dict[str, Any] = {
         "name": name,
         "version": version,
         "last_inference": metrics.last_inference_ms,
@@ -92,13 +117,15 @@ def statistics(name: str, version: str, metrics: Metrics) -> dict[str, Any]:
         "inference_stats": {
             "success": duration(answered, int(metrics.latency.sum * 1e9)),
             "fail": duration(metrics.failures, 0),
-            "queue": duration(answered, metrics.queue_ns),
-            "compute_input": nothing,
-            "compute_infer": duration(metrics.calls, metrics.model_ns),
-            "compute_output": nothing,
-            "cache_hit": nothing,
-            "cache_miss": nothing,
+            "queue": spent(split["queue"]),
+            "compute_input": spent(split["batch"]),
+            "compute_infer": spent(split["compute"]),
+            "compute_output": spent(split["serialize"]),
+            "cache_hit": duration(metrics.hits, metrics.hit_ns),
+            "cache_miss": duration(metrics.misses, metrics.miss_ns),
         },
         "batch_stats": batches,
     }
+    if calibration is not None:
+        model["millrace"] = {"calibration": msgspec.to_builtins(calibration)}
     return {"model_stats": [model]}

@@ -46,6 +46,12 @@ class Exchange:
         self.response: bytes | None = None
         self.waiting: Abortable | None = None  # told when the client goes away before the answer
 
+    def abandon(self) -> None:
+        """The client has gone away."""
+        if self.waiting is not None:
+            self.waiting.abort()
+            self.waiting = None
+
     @property
     def body(self) -> bytes:
         """The request's body."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,9 @@ from millrace.serve.listen import bind
 from millrace.serve.revisions import Revision
 from millrace.serve.runtimes.onnx import OnnxRuntime
 from millrace.serve.server import ServerConfig, Serving, TelemetryPump, build_plane
+from millrace.serve.shadow import Shadows
 from millrace.serve.telemetry import TelemetryWriter
+from millrace.serve.tls import server_context
 
 MAX_LINE_BYTES = 64 << 20  # reference profiles travel with the models
 RETIRE_S = 30.0
@@ -40,6 +41,7 @@ class Host:
     def __init__(self, config: HostConfig, serving: Serving) -> None:
         self._config, self._serving, self._directory = config, serving, serving.directory
         self._writer = TelemetryWriter(config.telemetry_fd)
+        self._shadows = Shadows()
         self._loaded: dict[str, dict[str, tuple[HostedModel, DataPlane]]] = {}  # by endpoint and version
         self._wanted: asyncio.Queue[list[HostedModel]] = asyncio.Queue()
 
@@ -94,6 +96,7 @@ class Host:
         revisions = [Revision(plane, model.weight, model.is_shadow) for model, plane in serving.values()]
         if any(one.weight > 0 and not one.is_shadow for one in revisions):
             self._loaded[name] = serving
+            self._shadows.mirror(revisions)
             self._retire(self._directory.put(name, revisions))
         elif not loaded:
             del self._loaded[name]
@@ -118,7 +121,7 @@ class Host:
             await asyncio.sleep(0.05)
             waited_s += 0.05
         self._serving.pumps.pop(plane).send()
-        await asyncio.to_thread(plane.batcher.close, wait_s=1.0)
+        await asyncio.to_thread(plane.close, wait_s=1.0)
         plane.runtime.unload()
 
 
@@ -134,22 +137,30 @@ def _plane_of(model: HostedModel, loop: asyncio.AbstractEventLoop) -> DataPlane:
     runtime.load()
     config = ServerConfig(
         name=model.endpoint, version=model.version, variant=model.variant, max_batch=model.max_batch,
-        queue=model.queue, reference=model.reference,
+        queue=model.queue, queue_s=model.queue_s,
+        reference=model.reference, slo_p99_ms=model.slo_p99_ms, calibrations=model.calibrations,
+        cache=model.cache, capture=model.capture, captures=model.captures,
     )  # fmt: skip
     return build_plane(config, runtime, runtime.bundle.signature, loop)
 
 
 async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
-    tls = _tls(config)
+    tls = server_context(config.tls_cert, config.tls_key, config.tls_client_ca)
     serving = Serving(
         config.limits, config.allowed_hosts, drain_s=config.drain_s,
         telemetry_interval_s=config.telemetry_interval_s, parent_pid=config.parent_pid, tls=tls,
     )  # fmt: skip
     service = serving.service
-    service.guard = Guard(serving.catalog.shared) if config.wants_token else None
+    serving.observe(config.access_log, config.trace_share)
+    if config.wants_token:
+        service.ask_guard(Guard(serving.catalog.shared))
     service.proxies = tuple(config.proxies)
-    is_guarded = config.wants_token and (tls is not None or bool(config.proxies))
+    is_asked = config.wants_token or bool(config.tls_client_ca)
+    is_guarded = is_asked and (tls is not None or (config.wants_token and bool(config.proxies)))
     listener = bind(config.host, config.port, is_guarded=is_guarded)
+    if config.grpc_port is not None:
+        certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
+        serving.speak_grpc(config.host, config.grpc_port, certificate, is_asked and tls is not None)
     lines = await lines_of()
     tasks = [asyncio.create_task(Host(config, serving).follow(lines))]
     if service.guard is not None:
@@ -160,17 +171,6 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _tls(config: HostConfig) -> ssl.SSLContext | None:
-    if not config.tls_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key or None)
-    except (OSError, ssl.SSLError) as error:
-        raise InputError(f"the certificate {config.tls_cert} cannot be used: {error}") from None
-    return context
 
 
 async def _tell_denied(guard: Guard) -> None:

@@ -13,6 +13,7 @@ from typing import IO, Any
 import msgspec
 
 from millrace.core.errors import StageError, UnavailableError, from_dict
+from millrace.core.spec import Cache, Capture
 from millrace.core.types import Struct
 from millrace.serve.access import Caller, Denied
 from millrace.serve.service import HttpLimits
@@ -24,21 +25,26 @@ HOST_COMMAND = (sys.executable, "-m", "millrace.serve.host")
 class HostConfig(Struct, frozen=True, kw_only=True):
     """What a host is told when it starts: the first line of its stdin.
 
-    With `wants_token` every request but those for health must bring a token that may call the model; a host
-    that is not loopback wants that, and a certificate or `proxies`: networks of proxies that end TLS; then nobody
-    else but this machine is answered.
+    With `wants_token` every request but those for health must bring a token that may call the model; with
+    `tls_client_ca` every client a certificate of that authority. A host that is not loopback wants one of the two,
+    and a certificate or, with tokens, `proxies`: networks of proxies that end TLS; then nobody else but this machine
+    is answered.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
+    grpc_port: int | None = None
     allowed_hosts: list[str] = []
     wants_token: bool = False
     tls_cert: str = ""
     tls_key: str = ""
+    tls_client_ca: str = ""
     proxies: list[str] = []
     limits: HttpLimits = HttpLimits()
     drain_s: float = 10.0
     telemetry_interval_s: float = 0.5
+    access_log: str = ""
+    trace_share: float = 0.0
     telemetry_fd: int = -1
     parent_pid: int = 0
 
@@ -58,9 +64,15 @@ class HostedModel(Struct, frozen=True, kw_only=True):
     is_shadow: bool = False
     variant: str
     asked_variant: str = ""
-    threads: int = 1
+    threads: int = 0
     max_batch: int = 64
     queue: int = 1024
+    queue_s: float = 1.0
+    slo_p99_ms: float | None = None
+    calibrations: str = ""
+    cache: Cache = Cache()
+    capture: Capture = Capture()
+    captures: str = ""
     reference: dict[str, Any] | None = None
 
 

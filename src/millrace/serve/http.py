@@ -11,24 +11,38 @@ from typing import cast
 import httptools
 
 from millrace.core.addresses import is_loopback, is_within
+from millrace.serve.clients import FORWARDED, Client, forwarded_for
 from millrace.serve.exchange import Exchange
 from millrace.serve.service import Head, Service
+from millrace.serve.tracing import HEADER as TRACE_HEADER
+from millrace.serve.tracing import TracedExchange
 
 _LINGER_S = 2.0
+_HOLD_S = 0.05
+_LARGE_BYTES = 64 << 10  # of a body whose request is judged by its head first
 _log = logging.getLogger(__name__)
 _SINGLE_HEADERS = frozenset(
-    {b"host", b"content-length", b"content-encoding", b"inference-header-content-length", b"authorization"}
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"content-encoding",
+        b"inference-header-content-length",
+        b"authorization",
+        b"x-request-timeout-ms",
+    }
 )
 
 
 class _Refused(Exception):
     """Raised in a parser's callback to stop the parsing; never leaves this module."""
 
-    def __init__(self, status: int, message: str, headers: bytes = b"") -> None:
+    def __init__(self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = headers
+        self.hold_s = hold_s
 
 
 class Connection(asyncio.Protocol):
@@ -57,30 +71,46 @@ class Connection(asyncio.Protocol):
         self._in_head = True
         self._keep_alive = True
         self._began_s = 0.0  # when the message in progress began; 0: none
-        self._idle_since_s = service.now_s
+        self._idle_since_s = time.monotonic()
         self._is_closing = False  # nothing more is read
         self._has_unread = False  # a request was refused before its end
         self._is_write_paused = False
         self._is_read_paused = False
         self._holds = 0
+        self._exchange_type = service.exchange_type or Exchange
+        self._peer: Client | None = None
+        self._is_proxied = False
 
     # ------------------------------------------------------------------ transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has come."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
-        self.service.connections.add(self)
-        if self.service.proxies and not _is_of_proxy(self.transport, self.service.proxies):
+        service = self.service
+        if not service.make_room():
+            self._refuse(
+                503, f"the server has {len(service.connections)} connections: want less", b"Retry-After: 1\r\n"
+            )
+            self.transport.close()
+            return
+        service.connections.add(self)
+        if service.proxies and not _is_of_proxy(self.transport, service.proxies):
             self.transport.abort()  # tokens would travel in the open
+        elif service.clients is not None:
+            peer = _peer_of(self.transport)
+            self._peer = service.clients.of_address(peer)
+            self._is_proxied = is_within(peer, service.proxies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: what waits for it is told."""
         self.service.connections.discard(self)
         self._is_closing = True
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Nobody will read the answers."""
         for exchange in self.queue:
-            if exchange.waiting is not None:
-                exchange.waiting.abort()
-                exchange.waiting = None
+            exchange.abandon()
         self.queue.clear()
 
     def pause_writing(self) -> None:
@@ -97,6 +127,30 @@ class Connection(asyncio.Protocol):
     def head(self) -> Head:
         """The head of the last request."""
         return self._head
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return _peer_of(self.transport)
+
+    @property
+    def idle_since_s(self) -> float:
+        """When its last answer was written."""
+        return self._idle_since_s
+
+    def client_of(self, head: Head) -> Client | None:
+        """Whose request it is: of a token's principal, or of an address; None where nobody counts."""
+        service, clients = self.service, self.service.clients
+        if clients is None:
+            return None
+        if service.guard is not None:
+            if head.client is None:
+                head.client = clients.find(service.guard.who(head.headers))
+            return head.client
+        forwarded = head.headers.get(FORWARDED) if self._is_proxied else None
+        if forwarded is None:
+            return self._peer
+        return clients.of_address(forwarded_for(forwarded, _peer_of(self.transport), service.proxies))
 
     def hold(self) -> None:
         """Read nothing from this client until `release`: a refusal is being held back."""
@@ -138,7 +192,7 @@ class Connection(asyncio.Protocol):
                     self._refuse(*denial)
                     return
                 self._head = head
-                exchange = Exchange(self, head, data, len(head.raw), True)
+                exchange = self._exchange_type(self, head, data, len(head.raw), True)
                 self.queue.append(exchange)
                 head.route(exchange)
                 if len(self.queue) >= self._max_pipelined:
@@ -227,10 +281,23 @@ class Connection(asyncio.Protocol):
             raise _Refused(*denial)
         self._keep_alive = not is_old and self._parser.should_keep_alive()
         length = headers.get(b"content-length")
-        if length is not None and int(length) > self.service.limits.max_body_bytes:
+        size_bytes = 0 if length is None else int(length)
+        if size_bytes > self.service.limits.max_body_bytes:
             raise _Refused(413, self._too_large())
+        coding = headers.get(b"transfer-encoding")
+        if coding is not None and (is_old or coding.lower() != b"chunked"):  # a proxy may read it in another way
+            raise _Refused(400, "want Transfer-Encoding: chunked alone, in HTTP/1.1")
+        if size_bytes > _LARGE_BYTES or coding is not None:
+            self._decide_early(size_bytes)
         if headers.get(b"expect", b"").lower() == b"100-continue" and not self.queue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _decide_early(self, size_bytes: int) -> None:
+        """Refuse a large body before it is read, where there is no room for it anyway."""
+        head = Head(self._parser.get_method(), self._target, self._headers, self.service.handler)
+        refusal = self.service.early(self._target, size_bytes, len(self.queue), self.client_of(head))
+        if refusal is not None:
+            raise _Refused(refusal.status, refusal.message, refusal.headers, _HOLD_S)
 
     def _head_too_large(self) -> str:
         return f"want a request head of at most {self.service.limits.max_head_bytes} bytes"
@@ -254,7 +321,10 @@ class Connection(asyncio.Protocol):
         chunks = self._chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._head = Head(self._parser.get_method(), self._target, self._headers, self.service.handler)
-        exchange = Exchange(self, self._head, body, 0, self._keep_alive)
+        kind = self._exchange_type
+        if kind is Exchange and TRACE_HEADER in self._headers:
+            kind = TracedExchange
+        exchange = kind(self, self._head, body, 0, self._keep_alive)
         self._chunks = []
         self.queue.append(exchange)
         if not self._keep_alive:
@@ -288,7 +358,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         """The last answer is written: close, after the client had a chance to read it."""
-        self.queue.clear()
+        self._abandon()
         self._in_message = False
         self._is_closing = True
         if self.transport.is_closing():
@@ -314,24 +384,38 @@ class Connection(asyncio.Protocol):
     def _refuse_after(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
         if isinstance(cause, _Refused):
-            self._refuse(cause.status, cause.message, cause.headers)
+            self._refuse(cause.status, cause.message, cause.headers, cause.hold_s)
         elif isinstance(error, httptools.HttpParserCallbackError):
             _log.error("a request handler failed", exc_info=cause)  # our own bug: this client, not the server
             self._refuse(500, "internal error; the server's log says more")
         else:
             self._refuse(400, f"malformed HTTP: {error}")
 
-    def _refuse(self, status: int, message: str, headers: bytes = b"") -> None:
+    def _refuse(self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0) -> None:
         """Answer what cannot be parsed, after the answers before it, and close."""
         if self._is_closing:
             return  # after the last request: nobody is to be told
+        target = self._target if self._in_message else b""
         self._is_closing = self._has_unread = True
         self._in_message = False
         self._chunks = []
         self.service.refused(status)
-        exchange = Exchange(self, Head(b"", b"", {}, self.service.handler), b"", 0, False)
+        exchange = self._exchange_type(self, Head(b"", target, {}, self.service.handler), b"", 0, False)
         self.queue.append(exchange)
-        exchange.reply_error(status, message, headers)
+
+        def send() -> None:
+            if hold_s:
+                self.release()
+            exchange.reply_error(status, message, headers)
+
+        if hold_s and self.service.pacer.hold(send, hold_s):
+            self.hold()
+        else:
+            exchange.reply_error(status, message, headers)
+
+    def close(self) -> None:
+        """Close it; nothing of it waits."""
+        self.transport.close()
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -353,6 +437,11 @@ class Connection(asyncio.Protocol):
             limit_s = 0.5 if self.service.is_draining else limits.idle_timeout_s
             if now_s - self._idle_since_s > limit_s:
                 self.transport.close()
+
+
+def _peer_of(transport: asyncio.Transport) -> str:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if peer else "unknown"
 
 
 def _is_of_proxy(transport: asyncio.Transport, proxies: tuple[str, ...]) -> bool:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import msgspec
 import orjson
 
-from millrace.core.errors import InputError, StageError
+from millrace.core.errors import DeadlineError, ExtraMissingError, InputError, MillraceError, UnavailableError
 from millrace.core.types import Struct
 from millrace.formats.rows import decode_answers, encode_rows
 from millrace.serve.admission import Refusal
 from millrace.serve.answers import Answers, binary_head
 from millrace.serve.batching import RUN_ERRORS, Job, Packing
 from millrace.serve.dataplane import DataPlane
-from millrace.serve.exchange import Exchange
-from millrace.serve.oip import BINARY, JSON, Codec, Wanted
+from millrace.serve.encodings import INLINE_BYTES, SMALLEST, accepted, compress
+from millrace.serve.exchange import JSON_TYPE, Exchange
+from millrace.serve.forms import Form, kind_of, likely_first, read_form, wants_csv, write_csv
+from millrace.serve.oip import BINARY, JSON, MAX_TIMEOUT_US, Codec, Wanted
 
+TIMEOUT_HEADER = b"x-request-timeout-ms"
+_CSV_TYPE = b"text/csv; charset=utf-8"
+_JSON_FORM = Form()
 _INFERRED, _PREDICTED = ("infer", 200), ("predict", 200)
 
 
@@ -69,10 +77,25 @@ class InferJob(HttpJob):
                 return
         document, blob = inference.codec.encode(wanted, self)
         inference.requests[_INFERRED] += 1
-        if blob:
+        if wanted.encoding and len(document) + len(blob or b"") >= SMALLEST:
+            self._send_compressed(document, blob)
+        elif blob is not None:
             exchange.reply_raw(binary_head(len(document), len(blob)), document + blob)
         else:
             exchange.reply(200, document)
+
+    def _send_compressed(self, document: bytes, blob: bytes | None) -> None:
+        exchange, encoding = self.exchange, self.wanted.encoding
+        headers = b"Content-Encoding: %s\r\nVary: Accept-Encoding\r\n" % encoding.encode()
+        body = document if blob is None else document + blob
+        if blob is not None:
+            headers += b"Inference-Header-Content-Length: %d\r\n" % len(document)
+        kind = JSON_TYPE if blob is None else b"application/octet-stream"
+        if len(body) <= INLINE_BYTES:
+            exchange.reply(200, compress(body, encoding), kind, headers)
+            return
+        work = asyncio.get_running_loop().run_in_executor(None, compress, body, encoding)
+        work.add_done_callback(lambda done: exchange.reply(200, done.result(), kind, headers))
 
 
 class PredictJob(HttpJob):
@@ -86,9 +109,27 @@ class PredictJob(HttpJob):
         inference, shared = self.inference, self.shared
         if shared.answers is None:
             shared.answers = decode_answers(inference.plane.signature, shared.tensors)
-        body = orjson.dumps({"predictions": shared.answers[self.start : self.start + self.rows]})
         inference.requests[_PREDICTED] += 1
-        self.exchange.reply(200, body)
+        self.reply(shared.answers[self.start : self.start + self.rows])
+
+    def reply(self, answers: list[Any]) -> None:
+        """Answer with these."""
+        self.exchange.reply(200, orjson.dumps({"predictions": answers}))
+
+
+class FormJob(PredictJob):
+    """Rows of a CSV, or a picture."""
+
+    __slots__ = ("form",)
+    form: Form
+
+    def reply(self, answers: list[Any]) -> None:
+        """Answer as the form wants it."""
+        if self.form.wants_csv:
+            self.exchange.reply(200, write_csv(answers).encode(), _CSV_TYPE)
+        else:
+            shown = [likely_first(answer) for answer in answers] if self.form.is_picture else answers
+            self.exchange.reply(200, orjson.dumps({"predictions": shown}))
 
 
 class Repeats(Struct, frozen=True):
@@ -102,6 +143,7 @@ class Repeats(Struct, frozen=True):
     body_bytes: int
     wanted: Wanted
     packing: Packing | None
+    timeout_ns: int
 
     def infer(self, exchange: Exchange) -> None:
         """Queue a request."""
@@ -111,6 +153,8 @@ class Repeats(Struct, frozen=True):
             return
         job = InferJob(None, self.body_bytes, self.packing, data[at + len(self.json) :])
         job.wanted = self.wanted
+        if self.timeout_ns:
+            job.deadline_ns = time.perf_counter_ns() + self.timeout_ns
         self.inference.submit(job, exchange)
 
 
@@ -132,36 +176,84 @@ class Inference:
 
     def infer(self, exchange: Exchange) -> None:
         """V2: `POST /v2/models/{name}[/versions/{version}]/infer`."""
+        if self._is_refused(exchange, "infer"):
+            return
+        began_ns = time.perf_counter_ns()
         headers = exchange.head.headers
         is_plain = b"content-encoding" not in headers
         try:
+            timeout_ns = _timeout_ns(headers)
             header = headers.get(b"inference-header-content-length")
             body = exchange.body if is_plain else self._decompressed(exchange)
             request = self.codec.decode(body, None if header is None else _whole(header))
         except InputError as error:
             self.fail(exchange, "infer", error)
             return
+        wanted = request.wanted
+        accepts = headers.get(b"accept-encoding")
+        if accepts is not None and (encoding := accepted(accepts)):
+            wanted = msgspec.structs.replace(wanted, encoding=encoding)
+        if wanted.timeout_us:
+            timeout_ns = min(timeout_ns or wanted.timeout_us * 1000, wanted.timeout_us * 1000)
         if request.repeats and is_plain and self.is_pinned:
-            exchange.head.route = Repeats(self, request.repeats, len(body), request.wanted, self.codec.packing).infer
+            exchange.head.route = Repeats(
+                self, request.repeats, len(body), wanted, self.codec.packing, timeout_ns
+            ).infer  # fmt: skip
         job = InferJob(request.tensors, len(exchange.data) - exchange.body_at, self.codec.packing, request.data)
-        job.wanted = request.wanted
+        job.wanted = wanted
+        if timeout_ns:
+            job.deadline_ns = began_ns + timeout_ns
         self.submit(job, exchange)
 
     def predict(self, exchange: Exchange) -> None:
         """Rows in, labels and probabilities out: `POST /v1/models/{name}:predict`."""
+        if self._is_refused(exchange, "predict"):
+            return
+        began_ns = time.perf_counter_ns()
+        headers = exchange.head.headers
         try:
-            body = exchange.body if b"content-encoding" not in exchange.head.headers else self._decompressed(exchange)
-            tensors = encode_rows(self.plane.signature, _instances(body))
-        except InputError as error:
+            timeout_ns = _timeout_ns(headers)
+            body = exchange.body if b"content-encoding" not in headers else self._decompressed(exchange)
+            job = self._predict_job(headers, body, len(exchange.data) - exchange.body_at)
+        except (InputError, ExtraMissingError) as error:
             self.fail(exchange, "predict", error)
             return
-        self.submit(PredictJob(tensors, len(exchange.data) - exchange.body_at), exchange)
+        if timeout_ns:
+            job.deadline_ns = began_ns + timeout_ns
+        self.submit(job, exchange)
+
+    def _predict_job(self, headers: Mapping[bytes, bytes], body: bytes, size_bytes: int) -> PredictJob:
+        content_type = headers.get(b"content-type", b"")
+        kind, accept = kind_of(content_type), headers.get(b"accept", b"")
+        if kind:
+            tensors, form = read_form(self.plane.signature, kind, content_type, body, self.plane.examples)
+        else:
+            tensors, form = encode_rows(self.plane.signature, _instances(body)), _JSON_FORM
+        if form is _JSON_FORM and b"csv" not in accept:
+            return PredictJob(tensors, size_bytes)
+        job = FormJob(tensors, size_bytes)
+        job.form = form._replace(wants_csv=wants_csv(accept))
+        return job
+
+    def _is_refused(self, exchange: Exchange, route: str) -> bool:
+        """Whether a request was refused before its body was looked at."""
+        connection = exchange.connection
+        client = None if connection.service.clients is None else connection.client_of(exchange.head)
+        size_bytes = len(exchange.data) - exchange.body_at
+        refusal = self.plane.refusal(size_bytes, len(connection.queue) - 1, client)
+        if refusal is None:
+            return False
+        self._refuse(exchange, route, refusal)
+        return True
 
     def submit(self, job: HttpJob, exchange: Exchange) -> None:
         """Queue a job that will answer, or refuse it."""
         job.inference = self
         job.exchange = exchange
-        refusal = self.plane.submit(job, len(exchange.connection.queue) - 1)
+        connection = exchange.connection
+        if connection.service.clients is not None:
+            job.client = connection.client_of(exchange.head)
+        refusal = self.plane.submit(job, len(connection.queue) - 1)
         if refusal is None:
             exchange.waiting = job
         else:
@@ -170,20 +262,29 @@ class Inference:
     def _refuse(self, exchange: Exchange, route: str, refusal: Refusal) -> None:
         """Hold the refusal back and read nothing meanwhile: a retry storm must not take the cores."""
         connection = exchange.connection
-        headers = b"Retry-After: %d\r\n" % refusal.retry_after_s
+        exchange.data, exchange.body_at = b"", 0  # it is held without its body
 
         def send() -> None:
             connection.release()
-            self._fail_with(exchange, route, refusal.status, refusal.message, headers)
+            self._fail_with(exchange, route, refusal.status, refusal.message, refusal.headers)
 
-        connection.hold()
-        asyncio.get_running_loop().call_later(self.plane.admission.hold_s, send)
+        if connection.service.pacer.hold(send, self.plane.admission.hold_s):
+            connection.hold()
+        else:  # who is cut off has to connect again: that is a pause too
+            exchange.keep_alive = False
+            self._fail_with(exchange, route, refusal.status, refusal.message, refusal.headers)
 
     def fail(self, exchange: Exchange, route: str, error: Exception) -> None:
         """Answer with what went wrong."""
         if isinstance(error, InputError):
             self._fail_with(exchange, route, 400, error.message)
-        elif isinstance(error, StageError):
+        elif isinstance(error, DeadlineError):
+            self._fail_with(exchange, route, 504, error.message)
+        elif isinstance(error, UnavailableError):
+            self._fail_with(exchange, route, 503, error.message, b"Retry-After: 1\r\n")
+        elif isinstance(error, ExtraMissingError):
+            self._fail_with(exchange, route, 501, f"{error.message}: {error.hint}")
+        elif isinstance(error, MillraceError):
             self._fail_with(exchange, route, 500, error.message)
         else:
             self._fail_with(
@@ -205,6 +306,17 @@ def _whole(header: bytes) -> int:
     if not header.isdigit() or len(header) > 18:
         raise InputError(f"Inference-Header-Content-Length: want a number, got {header[:40].decode('latin-1')!r}")
     return int(header)
+
+
+def _timeout_ns(headers: Mapping[bytes, bytes]) -> int:
+    """Nanoseconds within which an answer is wanted; 0: whenever it comes."""
+    given = headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return 0
+    if not given.isdigit() or len(given) > 8 or not 0 < int(given) <= MAX_TIMEOUT_US // 1000:
+        shown = given[:40].decode("latin-1")
+        raise InputError(f"X-Request-Timeout-Ms: want whole milliseconds, 1 to a day, got {shown!r}")
+    return int(given) * 1_000_000
 
 
 def _instances(body: bytes) -> Any:

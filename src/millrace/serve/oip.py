@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -28,13 +28,21 @@ from millrace.serve.tensors import (
     to_json,
 )
 
+MAX_TIMEOUT_US = 86_400_000_000
+
 
 class Wanted(Struct, frozen=True, kw_only=True):
-    """How an answer is wanted. `outputs`: name → binary; None: all of them, each as `binary` says."""
+    """How an answer is wanted. `outputs`: name → binary; None: all of them, each as `binary` says.
+
+    `encoding`: how the body is to be compressed; empty: not at all.
+    `timeout_us`: within so many microseconds, Triton's request parameter `timeout`; 0: whenever it comes.
+    """
 
     id: str = ""
+    timeout_us: int = 0
     outputs: dict[str, bool] | None = None
     binary: bool = False
+    encoding: str = ""
 
 
 class InferRequest:
@@ -76,6 +84,7 @@ class _FloatInput(Struct, frozen=True, kw_only=True):
 
 class _RequestParameters(Struct, frozen=True, kw_only=True):
     binary_data_output: bool = False
+    timeout: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIMEOUT_US)] = 0
 
 
 class _FloatRequest(Struct, frozen=True, kw_only=True):
@@ -160,9 +169,10 @@ class Codec:
         if data is None:
             return None
         binary = request.parameters is not None and request.parameters.binary_data_output
-        if request.outputs or request.id:
-            outputs = self._wanted(request.outputs, binary) if request.outputs else None
-            wanted = Wanted(id=request.id, outputs=outputs, binary=binary)
+        timeout_us = 0 if request.parameters is None else request.parameters.timeout
+        if request.outputs or request.id or timeout_us:
+            outputs = self.wanted_outputs(request.outputs, binary) if request.outputs else None
+            wanted = Wanted(id=request.id, outputs=outputs, binary=binary, timeout_us=timeout_us)
         else:
             wanted = BINARY if binary else JSON
         if not rest or request.id or len(head) > _KNOWN_BYTES:
@@ -198,12 +208,13 @@ class Codec:
         binary = parameters.get("binary_data_output", False)
         if not isinstance(binary, bool):
             raise InputError(f"parameters.binary_data_output: want true or false, got {shown(binary)}")
+        timeout_us = timeout_of(parameters)
         tensors: dict[str, np.ndarray] = {}
         offset = 0
         for index, value in enumerate(request["inputs"]):
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise InputError(f"inputs[{index}].name: missing, or not a text")
-            spec = self._input_spec(value["name"], tensors)
+            spec = self.input_spec(value["name"], tensors)
             check_shape(spec, value.get("shape"), value.get("datatype"))
             own = as_object(value.get("parameters"), f"input {spec.name!r}: parameters")
             if "binary_data_size" in own:
@@ -212,11 +223,20 @@ class Codec:
                 tensors[spec.name], offset = read_binary(spec, value["shape"], own, rest, offset)
             else:
                 tensors[spec.name] = from_json(spec, value["shape"], value.get("data"))
-        self._check_complete(tensors, rest, offset)
-        outputs = self._wanted(request["outputs"], binary) if request.get("outputs") else None
-        return InferRequest(tensors, Wanted(id=id, outputs=outputs, binary=binary))
+        self.check_complete(tensors, rest, offset)
+        outputs = self.wanted_outputs(request["outputs"], binary) if request.get("outputs") else None
+        return InferRequest(tensors, Wanted(id=id, outputs=outputs, binary=binary, timeout_us=timeout_us))
 
-    def _input_spec(self, name: str, seen: Mapping[str, Any]) -> TensorSpec:
+    def input_spec(self, name: str, seen: Mapping[str, Any]) -> TensorSpec:
+        """What the signature says of an input.
+
+        Args:
+            name: As the request says it.
+            seen: What it has named before.
+
+        Raises:
+            InputError: The model has no such input, or it is given twice.
+        """
         spec = self.inputs.get(name)
         if spec is None:
             raise InputError(f"input {name[:80]!r}: unknown; this model wants {', '.join(map(repr, self.inputs))}")
@@ -224,7 +244,17 @@ class Codec:
             raise InputError(f"input {name!r}: given twice")
         return spec
 
-    def _check_complete(self, tensors: Mapping[str, np.ndarray], rest: bytes, offset: int) -> None:
+    def check_complete(self, tensors: Mapping[str, np.ndarray], rest: bytes = b"", offset: int = 0) -> None:
+        """Refuse a request that lacks an input, has bytes left over, or not as many rows in each.
+
+        Args:
+            tensors: Decoded.
+            rest: What follows its JSON.
+            offset: How much of that was used.
+
+        Raises:
+            InputError: See above.
+        """
         if len(tensors) != len(self.inputs):
             missing = [name for name in self.inputs if name not in tensors]
             raise InputError(f"input {missing[0]!r}: missing; this model wants {', '.join(map(repr, self.inputs))}")
@@ -236,7 +266,16 @@ class Codec:
             counts = ", ".join(f"{name!r} {len(tensor)}" for name, tensor in tensors.items())
             raise InputError(f"inputs: want the same number of rows in each, got {counts}")
 
-    def _wanted(self, outputs: Any, binary: bool) -> dict[str, bool]:
+    def wanted_outputs(self, outputs: Any, binary: bool) -> dict[str, bool]:
+        """The outputs that a request selects, and whether each is binary.
+
+        Args:
+            outputs: A list of objects with a name, and parameters.
+            binary: What holds for those that say nothing.
+
+        Raises:
+            InputError: It is no such list, or the model has no such output.
+        """
         if not isinstance(outputs, list):
             raise InputError(f"outputs: want a list, got {shown(outputs)}")
         wanted: dict[str, bool] = {}
@@ -253,8 +292,8 @@ class Codec:
 
     # ------------------------------------------------------------------ answers
 
-    def encode(self, wanted: Wanted, job: Job) -> tuple[bytes, bytes]:
-        """An answer's JSON and its binary tensors, one after the other (empty: a plain JSON body)."""
+    def encode(self, wanted: Wanted, job: Job) -> tuple[bytes, bytes | None]:
+        """An answer's JSON and its binary tensors, one after the other (None: a plain JSON body)."""
         blobs: list[bytes] = []
         parts: list[bytes] = []
         outputs = wanted.outputs or (self._all_binary if wanted.binary else self._all_json)
@@ -269,7 +308,7 @@ class Codec:
             else:
                 parts.append(b'%s,"data":%s}' % (described, to_json(values)))
         id = b',"id":%s' % orjson.dumps(wanted.id) if wanted.id else b""
-        return b'%s%s,"outputs":[%s]}' % (self._prefix, id, b",".join(parts)), b"".join(blobs)
+        return b'%s%s,"outputs":[%s]}' % (self._prefix, id, b",".join(parts)), b"".join(blobs) if blobs else None
 
     def opening(self, name: str, shape: tuple[int, ...]) -> bytes:
         """An answer with that one output and no id, up to its numbers."""
@@ -283,6 +322,22 @@ def packing_of(signature: Signature) -> Packing | None:
     if only is None or only.dtype != "float32" or len(only.shape) != 2 or only.shape[1] < 1:
         return None
     return Packing(name=only.name, width=only.shape[1], row_bytes=4 * only.shape[1])
+
+
+def timeout_of(parameters: Mapping[str, Any]) -> int:
+    """Triton's request parameter `timeout` in microseconds; 0: none.
+
+    Raises:
+        InputError: It is no such number.
+
+    Example:
+        >>> timeout_of({"timeout": 50_000}), timeout_of({})
+        (50000, 0)
+    """
+    timeout = parameters.get("timeout", 0)
+    if type(timeout) is not int or not 0 <= timeout <= MAX_TIMEOUT_US:
+        raise InputError(f"parameters.timeout: want whole microseconds, 0 (none) to a day, got {shown(timeout)}")
+    return timeout
 
 
 def _data_of(value: _FloatInput, count: int, rest: bytes) -> bytes | None:

@@ -56,7 +56,7 @@ def probe(spec: Spec, ctx: Context) -> dict[str, Any]:
     config = ChildConfig(
         bundle_dir=str(bundle.folder),
         digest=bundle.digest,
-        threads=spec.serve.threads,
+        threads=spec.serve.threads or 1,
         server=ServerConfig(
             name=spec.register.model or spec.project, version="probe", variant=variant, port=0,
             max_batch=spec.serve.max_batch, queue=spec.serve.queue, telemetry_interval_s=0.05,
@@ -86,7 +86,7 @@ def probe(spec: Spec, ctx: Context) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "telemetry.json").write_bytes(msgspec.json.encode({"windows": windows.closed}))
     ctx.output("telemetry", folder)
-    expected = offline_answers(bundle, variant, tensors, spec.serve.threads)
+    expected = offline_answers(bundle, variant, tensors, spec.serve.threads or 1)
     return msgspec.to_builtins(
         ServeFacts(
             requests=len(picked),

@@ -51,7 +51,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=_read, args=(read_fd, on_frame), name="telemetry", daemon=True)
         self._reader.start()
         self._config = msgspec.json.encode(config)
-        self.port = 0
+        self.port = self.grpc_port = 0
 
     @property
     def pid(self) -> int:
@@ -91,6 +91,7 @@ class ServerProcess:
             self.wait()
             raise from_dict(message["error"])
         self.port = message["port"]
+        self.grpc_port = message.get("grpc_port", 0)
         return self.port
 
     def _hand_over(self) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from millrace.serve import documents
+from millrace.serve.cache import CachedPlane
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.exchange import Exchange
 from millrace.serve.inference import Inference
+from millrace.serve.page import HEADERS, HTML_TYPE, model_page, wants_page
 
 Route = Callable[[Exchange], None]
 
@@ -55,12 +57,28 @@ class Routes:
         self._json(exchange, documents.model_config(self.plane.info.name, self.plane.signature, max_batch))
 
     def _statistics(self, exchange: Exchange) -> None:
-        self._json(exchange, documents.statistics(self.plane.info.name, self.plane.info.version, self.plane.metrics))
+        plane = self.plane
+        name, version = plane.info.name, plane.info.version
+        self._json(exchange, documents.statistics(name, version, plane.metrics, plane.calibration))
 
     def _status(self, exchange: Exchange) -> None:
         info = self.plane.info
+        if wants_page(exchange.head.headers):
+            self._requests["other", 200] += 1
+            exchange.reply(200, model_page(self.plane).encode(), HTML_TYPE, HEADERS)
+            return
         status = {"name": info.name, "version": info.version, "variant": info.variant, "ready": self.plane.is_ready}
         self._json(exchange, status)
+
+    def _kept(self) -> dict[str, float]:
+        """Of what is kept: answers, and requests."""
+        plane, kept = self.plane, dict[str, float]()
+        if isinstance(plane, CachedPlane):
+            kept |= {"millrace_cache_entries": len(plane.answers), "millrace_cache_bytes": plane.answers.size_bytes}
+        if plane.recorder is not None:
+            kept |= {"millrace_captured_rows_total": plane.recorder.rows,
+                     "millrace_capture_dropped_total": plane.recorder.dropped}  # fmt: skip
+        return kept
 
     def exposition(self, is_denied: int) -> str:
         """The model's metrics in Prometheus' text format.
@@ -72,7 +90,10 @@ class Routes:
         gauges = {
             "millrace_queue_requests": admission.waiting,
             "millrace_queue_limit": admission.limit,
+            "millrace_queue_predicted_seconds": admission.wait_s,
+            "millrace_breaker_open": int(self.plane.breaker.is_open),
             "millrace_ready": int(self.plane.is_ready),
             "millrace_denied_total": is_denied,
+            **self._kept(),
         }
         return self.plane.metrics.render(info.name, info.version, gauges)

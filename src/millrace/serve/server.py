@@ -12,36 +12,57 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 import uvloop
 
+from millrace.core import extras
+from millrace.core.errors import InputError
 from millrace.core.extras import version_of
 from millrace.core.ports import Runtime
+from millrace.core.spec import Cache, Capture
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature
-from millrace.serve.admission import Admission
-from millrace.serve.batching import Batcher, calibrate
+from millrace.serve.access import Guard
+from millrace.serve.access_log import AccessLog, LoggedExchange
+from millrace.serve.admission import QUEUE_S, Admission
+from millrace.serve.batching import Batcher
+from millrace.serve.cache import CachedPlane
+from millrace.serve.calibrate import Cost, calibrate
+from millrace.serve.capture import Recorder, folder_of
 from millrace.serve.catalog import Catalog
 from millrace.serve.dataplane import CheckedInfer, DataPlane, ModelInfo, sample_of
 from millrace.serve.http import Connection
+from millrace.serve.layouts import Layout, cores
 from millrace.serve.listen import BACKLOG, bind
+from millrace.serve.racing import BUDGET_S, Calibration
 from millrace.serve.revisions import Directory, Revision
 from millrace.serve.service import HttpLimits, Service
 from millrace.serve.telemetry import Collector, TelemetryFrame, TelemetryWriter, difference
+from millrace.serve.tls import read_tokens, server_context
+from millrace.serve.tracing import TracedExchange
+from millrace.serve.trials import SupportsLayouts
+from millrace.serve.tuning import IDLE_S, Calibrations, Tuner, rows_of
 from millrace.stats.histogram import layout_from_reference
 
 _log = logging.getLogger(__name__)
 DISTRIBUTION = "millrace-ai"
 _HANDSHAKE_S = 10.0
+FIRST_CALLS_S = 0.1  # a batch takes no longer until the model has been measured
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
     """What the server is told. Plain data: it crosses a process border as JSON.
 
-    `max_batch` and `queue` as in the spec's `serve`; `reference` is the bundle's profile, without it no
-    telemetry is collected; `parent_pid`: drain when that process is no longer the parent.
+    `max_batch`, `queue`, `queue_s` and `slo_p99_ms` as in the spec's `serve`; `calibrations`: a folder where those
+    of models are kept; `tune_s`: of measurements while nobody asked for `idle_s`, 0: none; `reference` is the
+    bundle's profile, without it no telemetry is collected; `captures`: the folder below which requests are
+    kept; `access_log` and `trace_share` as of `Serving.observe`; `tls_…` as of `tls.server_context`; `token_file`:
+    every request must bring one of its tokens; `shares_port` with other processes; `parent_pid`: drain when that
+    process is no longer the parent.
     """
 
     name: str
@@ -49,16 +70,51 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     variant: str = "fp32"
     host: str = "127.0.0.1"
     port: int = 8080
+    grpc_port: int | None = None
     max_batch: int = 64
     queue: int = 1024
+    queue_s: float = QUEUE_S
     runners: int = 1
+    slo_p99_ms: float | None = None
+    calibrations: str = ""
+    tune_s: float = BUDGET_S
+    idle_s: float = IDLE_S
     allowed_hosts: list[str] = []
     limits: HttpLimits = HttpLimits()
     hold_s: float = 0.05
     drain_s: float = 10.0
     telemetry_interval_s: float = 0.5
     reference: dict[str, Any] | None = None
+    cache: Cache = Cache()
+    capture: Capture = Capture()
+    captures: str = ""
+    access_log: str = ""
+    trace_share: float = 0.0
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    token_file: str = ""
+    shares_port: bool = False
     parent_pid: int | None = None
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether everybody is asked who they are, and nothing travels in the open."""
+        return bool(self.tls_cert) and bool(self.tls_client_ca or self.token_file)
+
+
+class SupportsGrpc(Protocol):
+    """`serve.grpc.listener.GrpcServer`, which is imported only where it is wanted."""
+
+    port: int
+
+    async def start(self) -> None:
+        """Accept calls."""
+        ...
+
+    async def stop(self, drain_s: float) -> bool:
+        """No new calls; whether those in flight were answered in time."""
+        ...
 
 
 @runtime_checkable
@@ -67,6 +123,25 @@ class SupportsSamples(Protocol):
 
     def sample(self) -> Mapping[str, np.ndarray]:
         """Tensors of one row."""
+        ...
+
+
+@runtime_checkable
+class SupportsExamples(Protocol):
+    """A runtime that knows the rows that its model was tested with."""
+
+    def examples(self) -> Mapping[str, np.ndarray]:
+        """Their tensors."""
+        ...
+
+
+@runtime_checkable
+class SupportsIsolation(Protocol):
+    """A runtime whose code is a user's, in a process of its own."""
+
+    @property
+    def is_isolated(self) -> bool:
+        """True: a call may hang, and is never made on the event loop."""
         ...
 
 
@@ -99,13 +174,10 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
         UnavailableError: The port is busy.
         CorruptError: The model failed its self-test.
     """
-    listener = bind(config.host, config.port)
+    listener = bind(config.host, config.port, is_guarded=config.is_guarded, is_shared=config.shares_port)
 
     async def serve() -> int:
-        serving = Serving(
-            config.limits, config.allowed_hosts, drain_s=config.drain_s,
-            telemetry_interval_s=config.telemetry_interval_s, parent_pid=config.parent_pid,
-        )  # fmt: skip
+        serving = open_serving(config, [config.name])
         plane = build_plane(config, runtime, signature, asyncio.get_running_loop())
         serving.directory.put(config.name, [Revision(plane)])
         serving.directory.is_told = True
@@ -120,10 +192,38 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
         return runner.run(serve())
 
 
+def open_serving(config: ServerConfig, names: Iterable[str]) -> Serving:
+    """What serves models as a configuration says; inside the running loop.
+
+    Args:
+        config: See `ServerConfig`.
+        names: Of the models.
+
+    Raises:
+        InputError: A certificate, the tokens or the access log cannot be used.
+    """
+    serving = Serving(
+        config.limits, config.allowed_hosts, drain_s=config.drain_s, telemetry_interval_s=config.telemetry_interval_s,
+        parent_pid=config.parent_pid, tls=server_context(config.tls_cert, config.tls_key, config.tls_client_ca),
+    )  # fmt: skip
+    if config.token_file:
+        guard = Guard(serving.catalog.shared)
+        guard.serve(dict.fromkeys(names, "default"))
+        guard.believe(read_tokens(config.token_file), for_s=float("inf"))
+        serving.service.ask_guard(guard)
+    serving.observe(config.access_log, config.trace_share)
+    if config.grpc_port is not None:
+        if config.shares_port:
+            raise InputError("gRPC wants one serving process", hint="leave out --processes, or --grpc-port")
+        certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
+        serving.speak_grpc(config.host, config.grpc_port, certificate, config.is_guarded)
+    return serving
+
+
 def build_plane(
     config: ServerConfig, runtime: Runtime, signature: Signature, loop: asyncio.AbstractEventLoop
 ) -> DataPlane:
-    """The data plane of a loaded runtime, calibrated; from any thread.
+    """The data plane of a loaded runtime: calibrated before, or quickly now; from any thread.
 
     Args:
         config: Name, version, batch and queue of the model.
@@ -135,13 +235,51 @@ def build_plane(
     mixes = isinstance(runtime, SupportsMixing) and runtime.mixes_rows
     max_batch = 1 if mixes else config.max_batch
     golden = runtime.sample() if isinstance(runtime, SupportsSamples) else None
-    cost = calibrate(infer, sample_of(signature, golden), max_batch)
-    admission = Admission(config.queue, hold_s=config.hold_s)
-    admission.seconds_per_request = cost.predict_s(max_batch) / max_batch
-    batcher = Batcher(infer, cost, max_batch, loop.call_soon, loop.call_soon_threadsafe, config.runners)
+    sample = sample_of(signature, golden)
+    tuned = runtime if isinstance(runtime, SupportsLayouts) and not runtime.is_fixed else None
+    kept = Calibrations(Path(config.calibrations) if config.calibrations else None)
+    stored = None if tuned is None else kept.get(tuned, max_batch)
+    known = None if stored is None else stored.cost_of(Layout())
+    cost = calibrate(infer, sample, max_batch) if known is None else known
+    if isinstance(runtime, SupportsIsolation) and runtime.is_isolated:
+        cost = msgspec.structs.replace(cost, may_hang=True)
+    if tuned is not None and cost.best_rows is None:  # slow: nobody knows yet whether larger calls pay
+        cost = msgspec.structs.replace(cost, best_rows=cost.rows_within(FIRST_CALLS_S))
+    slo_s = None if config.slo_p99_ms is None else config.slo_p99_ms / 1e3
+    rows = rows_of(cost, max_batch, slo_s)
+    callers = 1 if cost.is_inline else config.runners if tuned is None else max(config.runners, cores())
+    admission = Admission(
+        config.queue, hold_s=config.hold_s, queue_s=config.queue_s, client_share=config.limits.client_share
+    )
+    admission.seconds_per_row = cost.predict_s(rows) / rows / callers
+    batcher = Batcher(infer, cost, rows, loop.call_soon, loop.call_soon_threadsafe, callers)
     collector = None if config.reference is None else Collector(layout_from_reference(config.reference))
     info = ModelInfo(name=config.name, version=config.version, variant=config.variant)
-    return DataPlane(info, runtime, signature, admission, batcher, collector)
+    parts = (info, runtime, signature, admission, batcher, collector)
+    plane = CachedPlane(config.cache, *parts) if config.cache.entries else DataPlane(*parts)
+    if config.capture.share > 0 and config.captures:
+        folder = folder_of(Path(config.captures), config.name)
+        plane.recorder = Recorder(config.capture, folder, signature, config.version)
+    plane.sample = golden
+    plane.examples = runtime.examples() if isinstance(runtime, SupportsExamples) else golden or {}
+    plane.reference = config.reference or {}
+    plane.calibration = _as_started(runtime, cost, callers)
+    if tuned is not None:
+        tuner = plane.tuner = Tuner(
+            plane, tuned, sample, max_batch, kept, loop, slo_s=slo_s, idle_s=config.idle_s, budget_s=config.tune_s
+        )
+        if stored is not None:
+            tuner.adopt_stored(stored)
+    return plane
+
+
+def _as_started(runtime: Runtime, cost: Cost, callers: int) -> Calibration:
+    threads = runtime.threads if isinstance(runtime, SupportsLayouts) else 1
+    is_fixed = isinstance(runtime, SupportsLayouts) and runtime.is_fixed
+    return Calibration(
+        shallow=Layout(threads=threads), deep=Layout(threads=threads, callers=callers), shallow_cost=cost,
+        deep_cost=cost, source="fixed" if is_fixed else "start",
+    )  # fmt: skip
 
 
 class Serving:
@@ -164,10 +302,47 @@ class Serving:
         self.catalog = Catalog(self.directory, version_of(DISTRIBUTION), limits.max_body_bytes)
         self.service = self.catalog.service = Service(self.catalog.handle, limits, frozenset(allowed_hosts))
         self.service.refused = self.catalog.count_refused
+        self.service.early = self.catalog.refuse_early
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE_S}
         self.stop = asyncio.Event()
         self.pumps: dict[DataPlane, TelemetryPump] = {}
         self._drain_s, self._telemetry_interval_s, self._parent_pid = drain_s, telemetry_interval_s, parent_pid
+        self.grpc: SupportsGrpc | None = None
+
+    def observe(self, access_log: str, trace_share: float) -> None:
+        """Write a line for each request, and begin traces; before `run`.
+
+        Args:
+            access_log: A file, `-` for the standard error, or empty: none.
+            trace_share: Of the requests that bring no trace, those for which one begins.
+
+        Raises:
+            InputError: The log cannot be opened.
+        """
+        service = self.service
+        service.trace_share = trace_share
+        if access_log:
+            service.access_log, service.exchange_type = AccessLog(access_log), LoggedExchange
+        elif trace_share > 0:
+            service.exchange_type = TracedExchange
+
+    def speak_grpc(self, host: str, port: int, certificate: tuple[str, str, str], is_guarded: bool) -> None:
+        """Answer gRPC besides, at a port of its own; before `run`.
+
+        Args:
+            host: An address that `listen.bind` allows.
+            port: 0 takes a free one.
+            certificate: Files of the certificate, its key and the clients' authority; empty: none.
+            is_guarded: Whether every request is asked who sends it, and none travels in the open.
+
+        Raises:
+            ExtraMissingError: grpcio is not installed.
+            InputError: The host is not loopback, or the certificate cannot be used.
+            UnavailableError: The port is busy.
+        """
+        extras.require([("grpc", "grpc")], "serving gRPC")
+        server = extras.load("millrace.serve.grpc.listener:GrpcServer")
+        self.grpc = server(self.catalog, host, port, certificate=certificate, is_guarded=is_guarded)
 
     async def run(self, listener: socket.socket) -> int:
         """Serve until told to stop."""
@@ -176,18 +351,26 @@ class Serving:
             loop.add_signal_handler(number, self.stop.set)
         spare = listener.dup()  # keeps the backlog alive while the server stops accepting
         server = await loop.create_server(lambda: Connection(self.service), sock=listener, backlog=BACKLOG, **self._tls)
-        print(json.dumps({"ready": True, "port": spare.getsockname()[1]}), flush=True)
+        ready: dict[str, Any] = {"ready": True, "port": spare.getsockname()[1]}
+        if self.grpc is not None:
+            await self.grpc.start()
+            ready["grpc_port"] = self.grpc.port
+        print(json.dumps(ready), flush=True)
         ticker = asyncio.create_task(self._tick())
         await self.stop.wait()
         self.service.is_draining = True
         for plane in self.planes:
             plane.admission.is_draining = True
+        ending = None if self.grpc is None else asyncio.create_task(self.grpc.stop(self._drain_s))
         await self._accept_rest(server, spare)
         is_clean = await self._finish_in_flight()
+        is_clean = is_clean and (ending is None or await ending)
         ticker.cancel()
         for plane in self.planes:
-            plane.batcher.close(wait_s=5.0 if is_clean else 0.0)
+            plane.close(wait_s=5.0 if is_clean else 0.0)
         self.service.abort()
+        if self.service.access_log is not None:
+            self.service.access_log.close()
         for pump in self.pumps.values():
             pump.finish()
         for plane in self.planes:
@@ -225,6 +408,16 @@ class Serving:
             _log.error("%d requests were not answered within %g s of draining", lost, self._drain_s)
         return not lost
 
+    def _tune(self) -> None:
+        """While nobody asks for anything, one model at a time is measured."""
+        planes, now_s = self.planes, time.monotonic()
+        is_quiet = self.service.in_flight == 0
+        is_measured = any(plane.tuner.is_running for plane in planes if plane.tuner is not None)
+        for plane in planes:
+            if plane.tuner is not None:
+                plane.tuner.tick(now_s, is_quiet and (not is_measured or plane.tuner.is_running))
+                is_measured = is_measured or plane.tuner.is_running
+
     async def _tick(self) -> None:
         """Time-outs, telemetry, and whether the parent still lives."""
         interval_s = min(self.service.sweep_interval_s(), self._telemetry_interval_s)
@@ -232,6 +425,7 @@ class Serving:
         while True:
             await asyncio.sleep(interval_s)
             self.service.sweep()
+            self._tune()
             if self._parent_pid is not None and os.getppid() != self._parent_pid:
                 self.stop.set()
             if self.service.now_s >= next_telemetry_s:
@@ -275,6 +469,7 @@ class TelemetryPump:
             rows=rows,
             histograms=taken.to_dict() if taken is not None and rows else None,
             counters=difference(counters, self._sent),
+            latencies=self._plane.metrics.take_bins(),
         )
         self._sent = counters
         self._writer.send(frame)

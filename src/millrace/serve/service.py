@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from millrace.core.types import Struct
 from millrace.serve.access import Guard
+from millrace.serve.admission import Pacer, Refusal
+from millrace.serve.clients import Client, Clients
+
+if TYPE_CHECKING:
+    from millrace.serve.access_log import AccessLog
+    from millrace.serve.exchange import Exchange
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _MAX_HEADS, _MAX_HEAD_BYTES = 1024, 2048
 _HEAD_END = b"\r\n\r\n"
-_NEVER_KNOWN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection"})
+_NEVER_KNOWN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection", b"traceparent"})
 
 
 class HttpLimits(Struct, frozen=True, kw_only=True):
-    """What one connection may cost.
+    """What one connection and one client may cost.
 
-    A message must be complete `body_timeout_s` after it began, its head after `head_timeout_s`.
+    A message must be complete `body_timeout_s` after it began, its head after `head_timeout_s`. Beyond
+    `max_connections` those that have been idle longest are closed; where none is idle, the new one is refused.
+    `client_rate`: requests of one client per second, `client_burst` of them at once after a pause (0: as many as
+    in a second); 0: any number. `client_share`: the part of a model's queue that one client may hold.
     """
 
     max_head_bytes: int = 16 << 10
@@ -28,6 +38,10 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     body_timeout_s: float = 30.0
     idle_timeout_s: float = 75.0
     max_pipelined: int = 64
+    max_connections: int = 4096
+    client_rate: float = 0.0
+    client_burst: float = 0.0
+    client_share: float = 0.5
 
 
 class Head:
@@ -38,7 +52,7 @@ class Head:
     put what it has learned in its own place.
     """
 
-    __slots__ = ("headers", "method", "raw", "route", "size_bytes", "target")
+    __slots__ = ("client", "headers", "method", "raw", "route", "size_bytes", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], route: Callable[[Any], None]) -> None:
         self.method = method
@@ -47,10 +61,16 @@ class Head:
         self.route = route
         self.raw = b""
         self.size_bytes = -1
+        self.client: Client | None = None  # whose token it brings, once that was asked
 
 
 class Member(Protocol):
     """A connection as the service sees it."""
+
+    @property
+    def idle_since_s(self) -> float:
+        """When its last answer was written."""
+        ...
 
     @property
     def is_busy(self) -> bool:
@@ -68,6 +88,20 @@ class Member(Protocol):
 
     def abort(self) -> None:
         """Cut it."""
+        ...
+
+    def close(self) -> None:
+        """Close it; nothing of it waits."""
+        ...
+
+
+class Early(Protocol):
+    """Decides by a request's head alone."""
+
+    def __call__(
+        self, target: bytes, size_bytes: int, held_by_connection: int, client: Client | None, /
+    ) -> Refusal | None:
+        """Why its body need not be read; None: to be read."""
         ...
 
 
@@ -95,6 +129,13 @@ class Service:
         self.guard: Guard | None = None  # None: nobody is asked who they are
         self.proxies: tuple[str, ...] = ()  # networks whose machines alone are answered, besides this one; () all are
         self.refused: Callable[[int], None] = _ignore  # told of answers that no handler gave
+        self.early: Early = _never  # asked of large bodies before they are read
+        self.exchange_type: type[Exchange] | None = None  # None: a plain one
+        self.access_log: AccessLog | None = None
+        self.trace_share = 0.0  # of the requests without a trace, those for which one begins here
+        self.pacer = Pacer()
+        limits = self.limits
+        self.clients = Clients(limits.client_rate, limits.client_burst) if limits.client_rate > 0 else None
         self.heads: dict[bytes, Head] = {}  # request heads that were parsed and allowed before
         self._known_hosts: dict[bytes, bool] = {}
         self.date_line = b""
@@ -143,6 +184,21 @@ class Service:
             head.route = self.handler
         self.heads.clear()
 
+    def make_room(self) -> bool:
+        """Whether one more connection may come: where there are too many, close those that have been idle longest."""
+        if len(self.connections) < self.limits.max_connections:
+            return True
+        idle = [one for one in self.connections if not one.is_busy]
+        for one in heapq.nsmallest(max(1, len(idle) // 16), idle, key=lambda one: one.idle_since_s):
+            self.connections.discard(one)
+            one.close()
+        return len(self.connections) < self.limits.max_connections
+
+    def ask_guard(self, guard: Guard) -> None:
+        """Ask everybody who they are, from now on."""
+        self.guard = guard
+        self.clients = Clients(self.limits.client_rate, self.limits.client_burst)
+
     def sweep(self) -> None:
         """Close what takes too long; to be called several times per time-out."""
         self.tick()
@@ -180,3 +236,7 @@ def host_name(host: str) -> str:
 
 def _ignore(_: int) -> None:
     """Nobody counts."""
+
+
+def _never(target: bytes, size_bytes: int, held_by_connection: int, client: Client | None) -> None:
+    """Every body is read."""

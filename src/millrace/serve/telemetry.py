@@ -28,6 +28,7 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     """What was served since the frame before: add frames up to get a window.
 
     `histograms` is `Histograms.to_dict()`; None when no row was answered. `counters` are differences.
+    `latencies`: requests by the bin of their latency (`stats.latency.bins_of`).
     """
 
     endpoint: str = ""
@@ -35,6 +36,7 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     rows: int = 0
     histograms: dict[str, Any] | None = None
     counters: dict[str, float] = {}
+    latencies: dict[int, int] = {}
 
 
 class Collector:

@@ -17,9 +17,14 @@ from millrace.formats.signature import TensorSpec
 DATATYPES = {
     "bool": "BOOL",
     "uint8": "UINT8",
+    "uint16": "UINT16",
+    "uint32": "UINT32",
+    "uint64": "UINT64",
     "int8": "INT8",
+    "int16": "INT16",
     "int32": "INT32",
     "int64": "INT64",
+    "float16": "FP16",
     "float32": "FP32",
     "float64": "FP64",
     "string": "BYTES",
@@ -51,7 +56,7 @@ def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> None:
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise InputError(f"input {spec.name!r}: want shape {spec.shape} in whole numbers, got {shown(shape)}")
     if len(shape) != len(spec.shape) or not all(
-        size == given or (size == -1 and given > 0) for size, given in zip(spec.shape[1:], shape[1:], strict=True)
+        size == given or (size == -1 and given >= 0) for size, given in zip(spec.shape[1:], shape[1:], strict=True)
     ):
         raise InputError(f"input {spec.name!r}: want shape {spec.shape} (-1: any), got {shown(shape)}")
     if shape[0] < 1:
@@ -141,6 +146,7 @@ def _texts_from_bytes(spec: TensorSpec, shape: list[int], data: bytes) -> np.nda
 _JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "string": ((str,), "texts"),
+    "float16": ((int, float), "numbers"),
     "float32": ((int, float), "numbers"),
     "float64": ((int, float), "numbers"),
 }
@@ -159,12 +165,13 @@ def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
     if not isinstance(data, list):
         raise InputError(f"input {spec.name!r}: want data, a list, got {shown(data)}")
     values: list[Any] = []
-    _flatten(spec, data, values, 0)
+    kinds = _flatten(spec, data, values, 0)
     types, noun = _JSON_TYPES.get(spec.dtype, ((int,), "whole numbers"))
-    allows_null = spec.dtype in ("float32", "float64") and spec.semantic != "image"
-    for index, value in enumerate(values):
-        if type(value) not in types and not (value is None and allows_null):
-            raise InputError(f"input {spec.name!r}: want {noun}, got {shown(value)} at element {index}")
+    if spec.dtype in ("float32", "float64") and spec.semantic != "image":
+        types = (*types, type(None))
+    if not kinds.issubset(types):
+        index, value = next((index, value) for index, value in enumerate(values) if type(value) not in types)
+        raise InputError(f"input {spec.name!r}: want {noun}, got {shown(value)} at element {index}")
     if len(values) != math.prod(shape):
         raise InputError(f"input {spec.name!r}: want {math.prod(shape)} {noun} for shape {shape}, got {len(values)}")
     if spec.dtype == "string":
@@ -179,14 +186,21 @@ def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
     return array
 
 
-def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) -> None:
+def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) -> set[type]:
+    """Values in their order, and which types they have: seen without a step of Python for each of many."""
     if depth > 16:
         raise InputError(f"input {spec.name!r}: data is nested more than 16 deep")
+    kinds: set[type] = set(map(type, data))
+    if list not in kinds:
+        found.extend(data)
+        return kinds
+    kinds.remove(list)
     for value in data:
         if isinstance(value, list):
-            _flatten(spec, value, found, depth + 1)
+            kinds |= _flatten(spec, value, found, depth + 1)
         else:
             found.append(value)
+    return kinds
 
 
 def to_bytes(values: np.ndarray) -> bytes:

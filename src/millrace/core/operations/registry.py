@@ -14,6 +14,23 @@ class DatasetRequest(Request, frozen=True, kw_only=True):
     dataset: str
 
 
+class DatasetSampleRequest(DatasetRequest, frozen=True, kw_only=True):
+    """Rows of a dataset that were chosen by chance; the same ones for the same seed. `rows`: up to 10000."""
+
+    rows: int = 256
+    split: str = "test"
+    seed: int = 0
+
+
+class DatasetSample(Struct, frozen=True, kw_only=True):
+    """Rows by column, features alone: what a model is asked for. An image is the list `pixels`."""
+
+    dataset: str
+    split: str
+    total: int
+    rows: list[dict[str, Any]]
+
+
 class DatasetDiffRequest(Request, frozen=True, kw_only=True):
     """Two dataset versions."""
 
@@ -166,6 +183,11 @@ GET_DATASET = Operation(
     response=DatasetVersion, method="GET", path="/datasets/{dataset}", subject_kind="dataset",
     subject_field="dataset", example={"dataset": "digits"},
 )  # fmt: skip
+SAMPLE_DATASET = Operation(
+    name="dataset.sample", summary="Rows of a dataset version, chosen by chance.", request=DatasetSampleRequest,
+    response=DatasetSample, method="GET", path="/datasets/{dataset}/sample", subject_kind="dataset",
+    subject_field="dataset", example={"dataset": "digits", "rows": 5},
+)  # fmt: skip
 DIFF_DATASETS = Operation(
     name="dataset.diff", summary="What differs between two dataset versions.", request=DatasetDiffRequest,
     response=DatasetDiff, method="GET", path="/datasets/{left}/diff/{right}", subject_kind="dataset",
@@ -230,7 +252,7 @@ DELETE_VERSION = Operation(
     is_write=True, subject_kind="model", subject_field="name", example=_VERSION,
 )  # fmt: skip
 OPERATIONS = (
-    LIST_DATASETS, GET_DATASET, DIFF_DATASETS, LIST_MODELS, GET_MODEL, REGISTER_MODEL, PROMOTE_MODEL,
+    LIST_DATASETS, GET_DATASET, SAMPLE_DATASET, DIFF_DATASETS, LIST_MODELS, GET_MODEL, REGISTER_MODEL, PROMOTE_MODEL,
     ROLLBACK_MODEL, EXPORT_MODEL, OPEN_MODEL, COMPRESS_MODEL, UPDATE_MODEL, DELETE_MODEL,
     UPDATE_VERSION, DELETE_VERSION,
 )  # fmt: skip

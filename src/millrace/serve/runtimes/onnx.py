@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
 from millrace.core.errors import CapacityError, CorruptError, StageError
 from millrace.core.ports import Verifier
@@ -25,7 +26,7 @@ class OnnxRuntime:
     Args:
         folder: The bundle.
         variant: Which of its graphs.
-        threads: Threads inside one call.
+        threads: Threads inside one call; 0: one to begin with, others may be tried.
         signature: The signature document over the bundle's digest.
         verifier: Decides whether a trusted key made it; None: the caller has verified.
         expected_digest: The tree's digest that the caller wants.
@@ -35,14 +36,15 @@ class OnnxRuntime:
         self,
         folder: Path,
         variant: str = BASE,
-        threads: int = 1,
+        threads: int = 0,
         signature: bytes | None = None,
         verifier: Verifier | None = None,
         expected_digest: str | None = None,
     ) -> None:
         self.variant = variant
         self._folder = folder
-        self._threads = threads
+        self.is_fixed = threads > 0
+        self.threads = threads or 1
         self._proof = (signature, verifier, expected_digest)
         self._bundle: Bundle | None = None
         self._session: Session | None = None
@@ -83,7 +85,7 @@ class OnnxRuntime:
                 hint=f"serve another variant: {', '.join(name for name in bundle.variants if name != self.variant)}",
             )
         data = bundle.model(self.variant)
-        session = open_session(data, threads=self._threads)
+        session = open_session(data, threads=self.threads)
         self_test(bundle, session, self.variant)
         self._mixes_rows = _MIXING_OPERATOR in data
         self._bundle, self._session = bundle, session
@@ -103,6 +105,36 @@ class OnnxRuntime:
         """One golden row, to calibrate with; empty where the bundle has none."""
         golden = self.bundle.golden.inputs
         return {name: values[:1] for name, values in golden.items() if len(values)}
+
+    def examples(self) -> Mapping[str, np.ndarray]:
+        """The golden rows."""
+        return self.bundle.golden.inputs
+
+    @property
+    def layout_key(self) -> str:
+        """What a calibration of it is kept by, besides the machine."""
+        return f"{self.bundle.digest} {self.variant} onnxruntime {onnxruntime.__version__}"
+
+    @property
+    def size_bytes(self) -> int:
+        """About what a further session of it takes: its weights, and again as much where they are packed."""
+        return 2 * self.bundle.model_path(self.variant).stat().st_size
+
+    def reopened(self, threads: int, is_spinning: bool = False) -> OnnxRuntime:
+        """The same model in a session of its own, which has passed the self-test too; to be called after `load`.
+
+        Args:
+            threads: Threads inside one call.
+            is_spinning: They wait busily between the operators of a call, never between calls.
+
+        Raises:
+            CorruptError: With so many threads the golden answers differ.
+        """
+        other = OnnxRuntime(self._folder, self.variant, threads)
+        session = open_session(self.bundle.model(self.variant), threads=threads, spinning=is_spinning)
+        self_test(self.bundle, session, self.variant)
+        other._bundle, other._session, other._mixes_rows = self._bundle, session, self._mixes_rows
+        return other
 
     def unload(self) -> None:
         """Free the memory; `is_ready` becomes false."""

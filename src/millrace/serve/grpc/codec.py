@@ -1,0 +1,123 @@
+"""Messages to tensors and back, for one signature: `raw_*_contents` and typed contents, in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from millrace.core.errors import InputError
+from millrace.formats.signature import TensorSpec
+from millrace.serve.batching import Job
+from millrace.serve.grpc.messages import message_type
+from millrace.serve.oip import Codec, timeout_of
+from millrace.serve.tensors import DATATYPES, check_shape, read_binary, to_bytes
+
+InferRequest = message_type("ModelInferRequest")
+InferResponse = message_type("ModelInferResponse")
+_FIELDS = {
+    "bool": "bool_contents", "int8": "int_contents", "int16": "int_contents", "int32": "int_contents",
+    "int64": "int64_contents", "uint8": "uint_contents", "uint16": "uint_contents", "uint32": "uint_contents",
+    "uint64": "uint64_contents", "float32": "fp32_contents", "float64": "fp64_contents", "string": "bytes_contents",
+}  # fmt: skip
+
+
+class Asked:
+    """A decoded request.
+
+    Args:
+        request: As it came.
+        codec: Of the model.
+
+    Raises:
+        InputError: It is not one for this model; names the tensor.
+    """
+
+    __slots__ = ("id", "is_final_told", "is_raw", "outputs", "tensors", "timeout_us")
+
+    def __init__(self, request: Any, codec: Codec) -> None:
+        parameters = parameters_of(request.parameters)
+        self.id: str = request.id
+        self.timeout_us = timeout_of(parameters)
+        self.is_final_told = parameters.get("triton_enable_empty_final_response") is True
+        self.is_raw = bool(request.raw_input_contents) or parameters.get("binary_data_output") is True
+        self.tensors = _tensors(request, codec)
+        self.outputs = list(codec.outputs)
+        if request.outputs:
+            wanted = [{"name": one.name, "parameters": parameters_of(one.parameters)} for one in request.outputs]
+            self.outputs = list(codec.wanted_outputs(wanted, binary=False))
+
+
+def parameters_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A message's parameters as values.
+
+    Example:
+        >>> request = InferRequest()
+        >>> request.parameters["timeout"].int64_param = 5
+        >>> parameters_of(request.parameters)
+        {'timeout': 5}
+    """
+    return {key: getattr(value, value.WhichOneof("parameter_choice") or "bool_param")
+            for key, value in parameters.items()}  # fmt: skip
+
+
+def _tensors(request: Any, codec: Codec) -> dict[str, np.ndarray]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InputError(f"raw_input_contents: want one for each of {len(request.inputs)} inputs, got {len(raw)}")
+    tensors: dict[str, np.ndarray] = {}
+    for index, value in enumerate(request.inputs):
+        spec = codec.input_spec(value.name, tensors)
+        shape = list(value.shape)
+        check_shape(spec, shape, value.datatype)
+        if not raw:
+            tensors[spec.name] = _typed(spec, shape, value.contents)
+        elif value.HasField("contents"):
+            raise InputError(f"input {spec.name!r}: has both contents and raw_input_contents")
+        else:
+            data = raw[index]
+            tensors[spec.name], _ = read_binary(spec, shape, {"binary_data_size": len(data)}, data, 0)
+    codec.check_complete(tensors)
+    return tensors
+
+
+def _typed(spec: TensorSpec, shape: list[int], contents: Any) -> np.ndarray:
+    field = _FIELDS.get(spec.dtype)
+    if field is None:
+        raise InputError(f"input {spec.name!r}: {DATATYPES[spec.dtype]} has no typed contents: want raw_input_contents")
+    values = getattr(contents, field)
+    if len(values) != math.prod(shape):
+        raise InputError(
+            f"input {spec.name!r}: want {math.prod(shape)} values in {field} for shape {shape}, got {len(values)}"
+        )
+    if spec.dtype == "string":
+        try:
+            return np.array([value.decode() for value in values], dtype=object).reshape(shape)
+        except UnicodeDecodeError:
+            raise InputError(f"input {spec.name!r}: has a text that is not UTF-8") from None
+    array = np.array(values)
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind in "iu" and len(values):
+        bounds = np.iinfo(dtype)
+        if array.min() < bounds.min or array.max() > bounds.max:
+            raise InputError(f"input {spec.name!r}: has a number that {DATATYPES[spec.dtype]} cannot hold")
+    return array.astype(dtype).reshape(shape)
+
+
+def answer(codec: Codec, asked: Asked, job: Job) -> Any:
+    """A `ModelInferResponse`: raw where the request was, else with typed contents."""
+    response = InferResponse(model_name=codec.name, model_version=codec.version, id=asked.id)
+    given = job.outputs
+    is_raw = asked.is_raw or any(codec.outputs[name].dtype not in _FIELDS for name in asked.outputs)
+    for name in asked.outputs:
+        values, spec = given[name], codec.outputs[name]
+        output = response.outputs.add(name=name, datatype=DATATYPES[spec.dtype], shape=values.shape)
+        if is_raw:
+            response.raw_output_contents.append(to_bytes(values))
+        elif spec.dtype == "string":
+            output.contents.bytes_contents.extend([str(value).encode() for value in values.reshape(-1)])
+        else:
+            getattr(output.contents, _FIELDS[spec.dtype]).extend(values.reshape(-1).tolist())
+    return response

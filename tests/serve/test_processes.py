@@ -1,0 +1,157 @@
+"""Several processes at one port: shared out, added up, started again, drained."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from millrace.core.errors import UnavailableError
+from millrace.serve.listen import reserve
+from millrace.serve.processes import wait_before
+
+PATH = "/v1/models/digits:predict"
+BODY = json.dumps({"instances": [[1.0] * 64]}).encode()
+
+
+def members_of(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def predict(port: int) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("POST", PATH, BODY)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+    finally:
+        connection.close()
+
+
+def open_group(bundle: Path, kit: ModuleType) -> Any:
+    return kit.Live(msgspec.structs.replace(kit.child_config(bundle, tune_s=0.0), processes=2))
+
+
+@pytest.fixture(scope="module")
+def group(digits_bundle: Path, kit: ModuleType) -> Iterator[Any]:
+    live = open_group(digits_bundle, kit)
+    yield live
+    assert live.process.stop() == 0
+
+
+def test_both_take_connections_and_the_parent_counts_each_request_once(group: Any) -> None:
+    first = len(group.frames)
+    assert [predict(group.port) for _ in range(60)] == [200] * 60
+    deadline = time.monotonic() + 10
+    while True:
+        frames = group.frames[first:]
+        if (rows := sum(frame.counters.get("rows", 0) for frame in frames)) >= 60 or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert rows == 60
+    assert len(members_of(group.process.pid)) == 2
+    assert len([frame for frame in frames if frame.counters.get("rows", 0)]) >= 2
+
+
+def test_kill_of_one_under_load(group: Any) -> None:
+    found: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                found[str(predict(group.port))] += 1
+            except (OSError, http.client.HTTPException):
+                found["cut"] += 1  # its process died with its connection
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    before = members_of(group.process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    killed_s = time.monotonic()
+    while listens(before[0], group.port):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    found.clear()  # whoever was on it has been cut by now: from here on nobody may be
+    while time.monotonic() < killed_s + 15:
+        answering = [pid for pid in members_of(group.process.pid) if listens(pid, group.port)]
+        if len(answering) == 2:
+            break
+        time.sleep(0.02)
+    stop.set()
+    for client in clients:
+        client.join()
+    assert len(answering) == 2
+    assert before[0] not in answering
+    assert set(found) == {"200"}, found
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a process has a listening socket at a port."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+            inodes.add(f"socket:[{fields[9]}]")
+    try:
+        links = {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    except OSError:
+        return False
+    return bool(inodes & links)
+
+
+def test_sigterm_under_hundreds_of_new_connections_loses_none(digits_bundle: Path, kit: ModuleType) -> None:
+    live = open_group(digits_bundle, kit)
+    request = b"POST %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (
+        PATH.encode(), len(BODY), BODY,
+    )  # fmt: skip
+    clients = []
+    for number in range(400):
+        client = socket.create_connection(("127.0.0.1", live.port), timeout=20)
+        client.sendall(request)
+        clients.append(client)
+        if number == 300:
+            os.kill(live.process.pid, signal.SIGTERM)
+            break
+    answers = []
+    for client in clients:
+        with client:
+            answers.append(client.makefile("rb").readline()[:12])
+    assert set(answers) == {b"HTTP/1.1 200"}, Counter(answers)
+    assert live.process.wait(20) == 0
+
+
+def test_ends_with_its_parent_and_never_outlives_it(digits_bundle: Path, kit: ModuleType) -> None:
+    live = open_group(digits_bundle, kit)
+    members = members_of(live.process.pid)
+    live.process.kill()
+    live.process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in members) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in members if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_busy_port_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UnavailableError, match="is busy"):
+        reserve("127.0.0.1", other.getsockname()[1])
+
+
+def test_who_dies_again_and_again_waits_longer() -> None:
+    waits = [wait_before(crashes) for crashes in range(1, 20)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (0.0, 10.0)
