@@ -101,11 +101,6 @@ def test_ones_own_estimator(name: str, cancer: Any) -> None:
         ("def build(ctx): return 7", InputError, "without fit"),
         ("from sklearn.svm import LinearSVC\ndef build(ctx): return LinearSVC()", InputError, "predict_proba"),
         (
-            "from sklearn.ensemble import HistGradientBoostingClassifier as H\ndef build(ctx): return H(max_iter=3)",
-            StageError,
-            "cannot be converted",
-        ),
-        (
             "from sklearn.naive_bayes import GaussianNB\nclass Own(GaussianNB): pass\ndef build(ctx): return Own()",
             StageError,
             "Own cannot be converted",

@@ -29,6 +29,7 @@ STATUSES: dict[str, int] = {
     "capacity.disk_full": 507,
     "quota.exceeded": 429,
     "unavailable": 503,
+    "deadline.exceeded": 504,
     "store.schema": 503,
 }
 RETRY_AFTER_S = 1

@@ -269,8 +269,10 @@ class CheckedInfer:
             values = tensors[spec.name]
             flat = values.reshape(-1)
             # one product tells that all is finite; where squares overflow, the passes over the values decide
-            with np.errstate(over="ignore"):
+            try:
                 product = flat.dot(flat)
+            except RuntimeWarning:  # that it overflows, where warnings are errors
+                product = math.inf
             if not math.isfinite(product) and not np.isfinite(values).all():
                 check_finite(spec, values)
         return self._infer(tensors)

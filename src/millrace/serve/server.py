@@ -11,6 +11,7 @@ import signal
 import socket
 import ssl
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -347,6 +348,8 @@ class Serving:
     async def run(self, listener: socket.socket) -> int:
         """Serve until told to stop."""
         loop = asyncio.get_running_loop()
+        # of the one product of `CheckedInfer`: what follows tells what it means
+        warnings.filterwarnings("ignore", "overflow encountered in dot", RuntimeWarning)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         spare = listener.dup()  # keeps the backlog alive while the server stops accepting

@@ -48,8 +48,8 @@ def declared(given: Mapping[str, Any], place: str) -> Declared:
         ('classification', 'probabilities', [-1, 2])
         >>> declared({"inputs": {"x": ("float23", [-1, 4])}}, "Spam")
         Traceback (most recent call last):
-        millrace.core.errors.InputError: Spam.inputs['x']: want one of float32, float64, int8, uint8, int32, int64, \
-bool, string, got 'float23'
+        millrace.core.errors.InputError: Spam.inputs['x']: want one of float16, float32, float64, int8, int16, \
+int32, int64, uint8, uint16, uint32, uint64, bool, string, got 'float23'
     """
     if not given.get("inputs"):
         raise InputError(f'{place} does not say its inputs: want inputs = {{"x": ("float32", [-1, 4])}}, got nothing')
