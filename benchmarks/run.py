@@ -25,6 +25,8 @@ SECTIONS = {
     "accuracy": "Accuracy",
     "serving": "Inference, a dense net",
     "serving_digits": "Inference, the digits model",
+    "serving_heavy": "Inference, a text encoder and a CNN",
+    "serving_grpc": "Inference over gRPC",
     "drift": "Drift profile",
     "compress": "Compression",
     "mlflow_server": "MLflow's protocol, beside MLflow's own server",

@@ -79,6 +79,7 @@ def wait_for_step(process: subprocess.Popen[str], step: str) -> None:
             return
 
 
+@pytest.mark.rotating(2, "ends of runs")
 def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
     for number, step, data in ((signal.SIGINT, "train", "succeeded"), (signal.SIGTERM, "evaluate", "cached")):
         process = start(small, "run", "--json")
@@ -96,6 +97,7 @@ def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
     assert [states[step] for step in ("data", "train", "export", "monitor")] == ["cached"] * 3 + ["succeeded"]
 
 
+@pytest.mark.rotating(2, "ends of runs")
 def test_a_reader_that_leaves_cancels_and_a_new_run_continues(small: Path) -> None:
     """`millrace run | head -1` ends."""
     process = start(small, "run")
@@ -110,6 +112,7 @@ def test_a_reader_that_leaves_cancels_and_a_new_run_continues(small: Path) -> No
     assert states_of(small)["data"] == "cached"
 
 
+@pytest.mark.rotating(2, "ends of runs")
 def test_another_terminal_cancels(small: Path) -> None:
     process = start(small, "run", "--json")
     wait_for_step(process, "train")
@@ -118,6 +121,7 @@ def test_another_terminal_cancels(small: Path) -> None:
     assert process.returncode in (0, 130)
 
 
+@pytest.mark.rotating(2, "ends of runs")
 def test_detached_runs_go_on_without_this_terminal(small: Path) -> None:
     run_millrace(small, "run", "--detach")
     deadline = time.monotonic() + 60
@@ -127,6 +131,7 @@ def test_detached_runs_go_on_without_this_terminal(small: Path) -> None:
     assert set(states_of(small).values()) == {"succeeded"}
 
 
+@pytest.mark.rotating(2, "ends of runs")
 def test_two_specs_at_once_on_one_home(tmp_path: Path) -> None:
     home = tmp_path / "home"
     processes = []
@@ -190,6 +195,7 @@ with millrace.track("script", params={"lr": 0.1}) as tracker:
 """
 
 
+@pytest.mark.rotating(1)
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_points_of_a_script_survive(tmp_path: Path, end: str) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
