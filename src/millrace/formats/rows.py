@@ -15,6 +15,8 @@ import orjson
 from millrace.core.errors import InputError, StageError
 from millrace.formats.signature import Signature, TensorSpec
 
+MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})  # as a table says it
+_TRUE, _FALSE = frozenset({"true", "yes"}), frozenset({"false", "no"})
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -331,3 +333,24 @@ def _label(name: str, label_type: str) -> Any:
     if label_type == "boolean":
         return name.strip().lower() in ("true", "1", "yes")
     return name
+
+
+def read_cell(text: str, spec: TensorSpec) -> Any:
+    """A table's cell as JSON would have it; what is no number stays a text and is named later.
+
+    Example:
+        >>> number = TensorSpec(name="numbers", dtype="float32", shape=[-1, 1])
+        >>> [read_cell(text, number) for text in ("1.5", " 2 ", "NA", "true", "x")]
+        [1.5, 2.0, None, 1.0, 'x']
+    """
+    if spec.dtype == "string":
+        return None if text in MISSING else text
+    text = text.strip()
+    if text in MISSING:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        lower = text.lower()
+        return 1.0 if lower in _TRUE else 0.0 if lower in _FALSE else text
+    return number if math.isfinite(number) else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -124,12 +125,9 @@ class AccessLog:
         """Open the file anew when it was moved away."""
         if self.path == "-":
             return
-        try:
-            stands, has = os.stat(self.path), os.fstat(self._fd)
-            if (stands.st_dev, stands.st_ino) == (has.st_dev, has.st_ino):
+        with contextlib.suppress(FileNotFoundError):  # moved away: a new one is made
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
                 return
-        except FileNotFoundError:
-            pass
         fd = self._open()
         os.close(self._fd)
         self._fd, self._is_torn = fd, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -19,16 +20,14 @@ import numpy as np
 from millrace.core import extras
 from millrace.core.errors import InputError, MillraceError
 from millrace.core.types import Struct
-from millrace.formats.rows import encode_rows
+from millrace.formats.rows import MISSING, encode_rows, read_cell
 from millrace.formats.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 CHUNK_ROWS = 1024
-MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-_TRUE, _FALSE = frozenset({"true", "yes"}), frozenset({"false", "no"})
 _MAX_CELL = 1 << 24
 _BLOCK = 1 << 16
 Row = dict[str, Any]
@@ -139,7 +138,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     with io.TextIOWrapper(_open_bytes(whole(path)), encoding="utf-8", newline="") as text:
         try:
             for cells in csv_reader(text, path):
-                yield {name: _cell(cell, number) for name, cell in zip(header, cells, strict=False)}
+                yield {name: read_cell(cell, number) for name, cell in zip(header, cells, strict=False)}
         except (UnicodeDecodeError, csv.Error) as error:
             raise _refused(path, error) from error
 
@@ -174,10 +173,8 @@ def _columns(signature: Signature, path: Path, header: Iterable[str]) -> dict[st
 def _encode(signature: Signature, rows: Sequence[Any], numbers: Sequence[int], name: str, skips: bool) -> Chunk:
     """Rows one by one where it must be: the bad one is named, or left out. A row may be an InputError of its own."""
     if not any(isinstance(row, InputError) for row in rows):
-        try:
+        with contextlib.suppress(InputError):  # which row it was, and whether others go on, is found below
             return Chunk(encode_rows(signature, rows), np.array(numbers, np.int64), [])
-        except InputError:
-            pass
     good: list[Any] = []
     kept: list[int] = []
     rejected: list[Rejection] = []
@@ -317,7 +314,7 @@ def _record(
 ) -> Row | InputError:
     if len(cells) != len(header):
         return InputError(f"has {len(cells)} cells, the header has {len(header)}")
-    return {column: _cell(cells[place], wanted[column]) for column, place in places.items()}
+    return {column: read_cell(cells[place], wanted[column]) for column, place in places.items()}
 
 
 class _Cells:
@@ -372,27 +369,6 @@ def _number(text: str) -> float:
     if value != value:
         raise ValueError(text)  # a spelling of "not a number" that is none of ours
     return value
-
-
-def _cell(text: str, spec: TensorSpec) -> Any:
-    """A CSV cell as JSON would have it; what is no number stays a text and is named later.
-
-    Example:
-        >>> number = TensorSpec(name="numbers", dtype="float32", shape=[-1, 1])
-        >>> [_cell(text, number) for text in ("1.5", " 2 ", "NA", "true", "x")]
-        [1.5, 2.0, None, 1.0, 'x']
-    """
-    if spec.dtype == "string":
-        return None if text in MISSING else text
-    text = text.strip()
-    if text in MISSING:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        lower = text.lower()
-        return 1.0 if lower in _TRUE else 0.0 if lower in _FALSE else text
-    return number if math.isfinite(number) else text
 
 
 def _json_chunks(signature: Signature, span: Span, path: Path, skips: bool) -> Iterator[Chunk]:

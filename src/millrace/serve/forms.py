@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import email.policy
 import io
-import math
 import re
 import struct
 import sys
@@ -19,15 +18,13 @@ import numpy as np
 from millrace.core import extras
 from millrace.core.csv_cells import safe_cell
 from millrace.core.errors import InputError
-from millrace.formats.rows import encode_rows
+from millrace.formats.rows import encode_rows, read_cell
 from millrace.formats.signature import Signature, TensorSpec
 
 CSV, MULTIPART = "text/csv", "multipart/form-data"
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
-MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
 MAX_PICTURE_BYTES = 16 << 20
 MAX_FORM_BYTES = 17 << 20
-_TRUE, _FALSE = frozenset({"true", "yes"}), frozenset({"false", "no"})
 _WHITES = (1.0, 16.0, 255.0, 65535.0)
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _MAX_CELL = 1 << 20
@@ -145,27 +142,6 @@ def _check_header(header: Sequence[str], wanted: Mapping[str, TensorSpec]) -> No
     twice = next((column for column in wanted if header.count(column) > 1), None)
     if twice is not None:
         raise InputError(f"the CSV has the column {twice!r} twice")
-
-
-def read_cell(text: str, spec: TensorSpec) -> Any:
-    """A cell as JSON would have it; what is no number stays a text and is named later.
-
-    Example:
-        >>> number = TensorSpec(name="numbers", dtype="float32", shape=[-1, 1])
-        >>> [read_cell(text, number) for text in ("1.5", " 2 ", "NA", "true", "x")]
-        [1.5, 2.0, None, 1.0, 'x']
-    """
-    if spec.dtype == "string":
-        return None if text in MISSING else text
-    text = text.strip()
-    if text in MISSING:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        lower = text.lower()
-        return 1.0 if lower in _TRUE else 0.0 if lower in _FALSE else text
-    return number if math.isfinite(number) else text
 
 
 def _encode(signature: Signature, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
