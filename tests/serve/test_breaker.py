@@ -29,7 +29,7 @@ def make(runtime: Doubler, open_s: float = 0.05, threshold: int = 3, **more: Any
 
 
 def gauge(server: InProcessServer) -> int:
-    text = server.catalog.exposition(list(server.directory))
+    text = "".join(server.catalog.snapshot().endpoints.values())
     (line,) = [line for line in text.splitlines() if line.startswith("millrace_breaker_open{")]
     return int(line.split()[-1])
 

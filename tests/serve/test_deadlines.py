@@ -75,7 +75,7 @@ def test_what_is_predicted_to_be_late_is_refused_at_once(form: str) -> None:
         assert runtime.rows == 11
         assert [one[0] for one in responses(transport.data)] == [200] * 10
         assert server.plane.metrics.late == 1
-        assert "millrace_late_total" in server.catalog.exposition(list(server.directory))
+        assert "millrace_late_total" in "".join(server.catalog.snapshot().endpoints.values())
 
     asyncio.run(main())
 

@@ -19,7 +19,6 @@ import msgspec
 import pytest
 
 from millrace.core.errors import UnavailableError
-from millrace.serve.listen import reserve
 from millrace.serve.processes import wait_before
 
 PATH = "/v1/models/digits:predict"
@@ -64,6 +63,43 @@ def test_both_take_connections_and_the_parent_counts_each_request_once(group: An
     assert rows == 60
     assert len(members_of(group.process.pid)) == 2
     assert len([frame for frame in frames if frame.counters.get("rows", 0)]) >= 2
+
+
+def test_metrics_and_statistics_are_of_all_processes(group: Any) -> None:
+    def counted() -> tuple[float, int]:
+        _, text = group.call("GET", "/metrics")
+        rows = next(line for line in text.splitlines() if line.startswith("millrace_rows_total"))
+        return float(rows.split()[-1]), group.call("GET", "/v2/models/digits/stats")[1]["model_stats"][0][
+            "inference_count"
+        ]
+
+    before = counted()
+    assert [predict(group.port) for _ in range(40)] == [200] * 40
+    assert {counted() for _ in range(6)} == {(before[0] + 40, before[1] + 40)}
+
+
+def test_sigterm_of_one_loses_nothing(group: Any) -> None:
+    before = members_of(group.process.pid)
+    found: Counter[int] = Counter()
+
+    def ask() -> None:
+        for _ in range(100):
+            found[predict(group.port)] += 1
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    os.kill(before[0], signal.SIGTERM)
+    for client in clients:
+        client.join()
+    assert found == {200: 300}
+    deadline = time.monotonic() + 15
+    while len([pid for pid in members_of(group.process.pid) if listens(pid, group.port)]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    _, text = group.call("GET", "/metrics")  # what the one that is gone had answered counts on
+    rows = next(line for line in text.splitlines() if line.startswith("millrace_rows_total"))
+    assert float(rows.split()[-1]) >= 300
 
 
 def test_kill_of_one_under_load(group: Any) -> None:
@@ -146,9 +182,9 @@ def test_ends_with_its_parent_and_never_outlives_it(digits_bundle: Path, kit: Mo
     assert not [pid for pid in members if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_busy_port_is_refused() -> None:
+def test_a_busy_port_is_refused(digits_bundle: Path, kit: ModuleType) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UnavailableError, match="is busy"):
-        reserve("127.0.0.1", other.getsockname()[1])
+        kit.Live(msgspec.structs.replace(kit.child_config(digits_bundle, port=other.getsockname()[1]), processes=2))
 
 
 def test_who_dies_again_and_again_waits_longer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from millrace.serve.exchange import Exchange
 from millrace.serve.loading import PREFIX, FixedModels, Loading, Repository
 from millrace.serve.metrics import server_lines
 from millrace.serve.page import ASSET_HEADERS, ASSETS, HEADERS, HTML_TYPE, asset, list_page
+from millrace.serve.peers import Peers, Snapshot, added_statistics, added_texts
 from millrace.serve.revisions import Directory, Revisions
 from millrace.serve.routes import Route, Routes
 from millrace.serve.service import Service
@@ -42,6 +44,8 @@ class Catalog:
         self._answered: Counter[int] = Counter()  # without a model, by status
         self.loading = Loading(FixedModels(directory), self._error)  # another where not all models are loaded
         self._targets: dict[bytes, Route] = {}  # of POSTs that always mean the same
+        self.peers: Peers | None = None  # of the processes that serve the same at the same port
+        self._asking: set[asyncio.Task[None]] = set()
         directory.changed.append(self._forget)
         self._routes: dict[bytes, tuple[bytes, Callable[[Exchange], None]]] = {
             b"/v2/health/live": (b"GET", self._live),
@@ -123,11 +127,12 @@ class Catalog:
             verb, rest = b"".join(rest[:1]), rest[1:]
         always = plane or (endpoint.primary if endpoint.is_single or verb not in _PREDICTING else None)
         routes = self._routes_of(always or endpoint.pick(exchange.head.headers.get(KEY_HEADER)), endpoint)
+        if verb == b"stats" and parts[1] == b"v2" and not rest:
+            version = None if plane is None else plane.info.version
+            return b"GET", lambda exchange: self._statistics_of([endpoint], exchange, version)
         found = (routes.v1 if parts[1] == b"v1" else routes.v2).get(verb)
         if found is None or rest:
             raise _nothing_at(path)
-        if plane is None and verb == b"stats":
-            return b"GET", lambda exchange: self._statistics_of([endpoint], exchange)
         if always is not None and verb in _PREDICTING and len(self._targets) < 1024:
             self._targets[exchange.head.target] = found[1]
         return found
@@ -177,12 +182,15 @@ class Catalog:
     def _statistics(self, exchange: Exchange) -> None:
         self._statistics_of(self._visible(exchange), exchange)
 
-    def _statistics_of(self, endpoints: list[Revisions], exchange: Exchange) -> None:
-        parts: list[Any] = []
-        for plane in [plane for endpoint in endpoints for plane in endpoint.planes]:
-            name, version = plane.info.name, plane.info.version
-            parts += documents.statistics(name, version, plane.metrics, plane.calibration)["model_stats"]
-        self._json(exchange, {"model_stats": parts})
+    def _statistics_of(self, endpoints: list[Revisions], exchange: Exchange, version: str | None = None) -> None:
+        names = [endpoint.name for endpoint in endpoints]
+
+        def reply(snapshots: list[Snapshot]) -> None:
+            models = added_statistics([one.statistics.get(name, []) for name in names for one in snapshots])
+            wanted = [model for model in models if version in (None, model["version"])]
+            self._json(exchange, {"model_stats": wanted})
+
+        self._ask(reply)
 
     def _index(self, exchange: Exchange) -> None:
         guard, headers = self.service.guard, exchange.head.headers
@@ -208,18 +216,41 @@ class Catalog:
 
     def _metrics(self, exchange: Exchange) -> None:
         self._answered[200] += 1
-        exchange.reply(200, self.exposition(self._visible(exchange)).encode(), _PROMETHEUS)
+        names = [*(endpoint.name for endpoint in self._visible(exchange)), ""]
 
-    def exposition(self, endpoints: list[Revisions]) -> str:
-        """The metrics of some endpoints, and of the server, in Prometheus' text format."""
-        denied = self.service.guard.denied if self.service.guard is not None else Counter[str]()
-        texts = [
-            self._routes_of(plane, endpoint).exposition(denied[endpoint.name])
-            for endpoint in endpoints for plane in endpoint.planes
-        ]  # fmt: skip
-        log = self.service.access_log
-        dropped = 0 if log is None else log.dropped
-        return merge_expositions([*texts, server_lines(self._answered, len(self.service.connections), dropped)])
+        def reply(snapshots: list[Snapshot]) -> None:
+            texts = [added_texts([one.endpoints.get(name, "") for one in snapshots]) for name in names]
+            exchange.reply(200, merge_expositions(texts).encode(), _PROMETHEUS)
+
+        self._ask(reply)
+
+    def _ask(self, reply: Callable[[list[Snapshot]], None]) -> None:
+        """Call `reply` with what has been counted by each process that serves at this port."""
+        peers = self.peers
+        if peers is None:
+            reply([self.snapshot()])
+            return
+
+        async def ask() -> None:
+            reply(await peers.ask())
+
+        task = asyncio.get_running_loop().create_task(ask())
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    def snapshot(self) -> Snapshot:
+        """What this process has counted."""
+        guard, log = self.service.guard, self.service.access_log
+        denied = Counter[str]() if guard is None else guard.denied
+        texts = {"": server_lines(self._answered, len(self.service.connections), 0 if log is None else log.dropped)}
+        statistics = dict[str, list[dict[str, Any]]]()
+        for endpoint in self.directory:
+            name, planes = endpoint.name, endpoint.planes
+            texts[name] = merge_expositions(
+                [self._routes_of(plane, endpoint).exposition(denied[name]) for plane in planes]
+            )
+            statistics[name] = [model for plane in planes for model in self._routes_of(plane, endpoint).statistics()]
+        return Snapshot(endpoints=texts, statistics=statistics)
 
 
 def _nothing_at(path: bytes) -> NotFoundError:

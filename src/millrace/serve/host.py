@@ -16,10 +16,10 @@ from millrace.core.errors import InputError, MillraceError
 from millrace.serve.access import Guard
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.hosting import HostConfig, Hosted, HostedModel, ModelState
-from millrace.serve.listen import bind
+from millrace.serve.pump import TelemetryPump
 from millrace.serve.revisions import Revision
 from millrace.serve.runtimes.onnx import OnnxRuntime
-from millrace.serve.server import ServerConfig, Serving, TelemetryPump, build_plane
+from millrace.serve.server import ServerConfig, Serving, build_plane, listener_of
 from millrace.serve.shadow import Shadows
 from millrace.serve.telemetry import TelemetryWriter
 from millrace.serve.tls import server_context
@@ -157,7 +157,9 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
     service.proxies = tuple(config.proxies)
     is_asked = config.wants_token or bool(config.tls_client_ca)
     is_guarded = is_asked and (tls is not None or (config.wants_token and bool(config.proxies)))
-    listener = bind(config.host, config.port, is_guarded=is_guarded)
+    listener = listener_of(config.host, config.port, is_guarded, config.listen_fd)
+    if config.peers:
+        serving.join(Path(config.peers))
     if config.grpc_port is not None:
         certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
         serving.speak_grpc(config.host, config.grpc_port, certificate, is_asked and tls is not None)
@@ -167,7 +169,7 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
         tasks.append(asyncio.create_task(_tell_denied(service.guard)))
     try:
         with listener:
-            return await serving.run(listener)
+            return await serving.run(listener, config.listen_fd >= 0)
     finally:
         for task in tasks:
             task.cancel()

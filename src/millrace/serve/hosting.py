@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,11 +29,14 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     With `wants_token` every request but those for health must bring a token that may call the model; with
     `tls_client_ca` every client a certificate of that authority. A host that is not loopback wants one of the two,
     and a certificate or, with tokens, `proxies`: networks of proxies that end TLS; then nobody else but this machine
-    is answered.
+    is answered. `listen_fd`: a listening socket that was inherited, and is shared with the other processes of a group,
+    whose counts are found in the folder `peers`.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
+    listen_fd: int = -1
+    peers: str = ""
     grpc_port: int | None = None
     allowed_hosts: list[str] = []
     wants_token: bool = False
@@ -100,6 +104,7 @@ class HostProcess:
         on_state: Called for every model of every `apply`, from a thread of its own.
         on_denied: Called with requests that were denied, from the same thread.
         command: Reads a `HostConfig` and then `Hosted` lines from stdin.
+        listener: A listening socket that it is to share with others of its group.
     """
 
     def __init__(
@@ -109,12 +114,17 @@ class HostProcess:
         on_state: Callable[[ModelState], None],
         on_denied: Callable[[Denied], None] = lambda denied: None,
         command: Sequence[str] = HOST_COMMAND,
+        listener: socket.socket | None = None,
     ) -> None:
         read_fd, write_fd = os.pipe()
+        listen_fd = -1 if listener is None else listener.fileno()
+        passed = (write_fd,) if listener is None else (write_fd, listen_fd)
         try:
-            config = msgspec.structs.replace(config, telemetry_fd=write_fd, parent_pid=os.getpid())
+            config = msgspec.structs.replace(
+                config, telemetry_fd=write_fd, parent_pid=os.getpid(), listen_fd=listen_fd
+            )  # fmt: skip
             self._process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(write_fd,)
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed
             )
         except BaseException:
             os.close(read_fd)

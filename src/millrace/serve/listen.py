@@ -15,14 +15,13 @@ _LISTEN_STATE = "0A"
 BACKLOG = 1024
 
 
-def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = False) -> socket.socket:
+def bind(host: str, port: int, *, is_guarded: bool = False) -> socket.socket:
     """A listening socket.
 
     Args:
         host: A loopback address or `localhost`; where it is guarded any of this machine.
         port: 0 takes a free one.
         is_guarded: Whether every request is asked for a token, and none travels in the open.
-        is_shared: Whether other processes of this user listen at the same port: the kernel shares out connections.
 
     Raises:
         InputError: The host is not loopback, or not of this machine, or the port may not be used.
@@ -32,8 +31,6 @@ def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = Fa
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if is_shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((address, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -43,27 +40,6 @@ def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = Fa
             raise busy(port) from error
         raise InputError(f"cannot listen on {address}:{port}: {error.strerror}", hint="choose another port") from error
     return listener
-
-
-def reserve(host: str, port: int, *, is_guarded: bool = False) -> socket.socket:
-    """A socket that holds a port for processes that share it, and takes no connection itself.
-
-    Raises:
-        InputError: As of `bind`.
-        UnavailableError: The port is busy.
-    """
-    with bind(host, port, is_guarded=is_guarded) as alone:  # nobody else listens there
-        name = alone.getsockname()
-        family = alone.family
-    holder = socket.socket(family, socket.SOCK_STREAM)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        holder.bind(name)
-    except OSError:
-        holder.close()
-        raise busy(name[1]) from None
-    return holder
 
 
 def _address(host: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ class ServerProcess:
         config: What it serves; `telemetry_fd` and `parent_pid` are set here.
         on_frame: Called with every telemetry frame, from a thread of its own.
         command: Reads a `ChildConfig` as JSON from stdin and serves it.
+        listener: A listening socket that it is to share.
     """
 
     def __init__(
@@ -32,16 +34,16 @@ class ServerProcess:
         config: ChildConfig,
         on_frame: Callable[[TelemetryFrame], None] | None = None,
         command: Sequence[str] = CHILD_COMMAND,
+        listener: socket.socket | None = None,
     ) -> None:
         read_fd, write_fd = os.pipe()
+        listen_fd = -1 if listener is None else listener.fileno()
+        passed = (write_fd,) if listener is None else (write_fd, listen_fd)
         try:
-            config = msgspec.structs.replace(
-                config,
-                telemetry_fd=write_fd,
-                server=msgspec.structs.replace(config.server, parent_pid=os.getpid()),
-            )
+            server = msgspec.structs.replace(config.server, parent_pid=os.getpid(), listen_fd=listen_fd)
+            config = msgspec.structs.replace(config, telemetry_fd=write_fd, server=server)
             self._process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(write_fd,)
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed
             )
         except BaseException:
             os.close(read_fd)

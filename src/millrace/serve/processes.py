@@ -1,7 +1,8 @@
 """Several processes that serve one bundle at one port: for models so small that one core is the bound.
 
-The kernel shares out connections among them (SO_REUSEPORT). Queues, quotas and statistics are each process's own;
-telemetry is told to the parent as that of one server.
+All take connections from one socket, which their parent holds: what a process that dies or drains has not taken
+another one takes. Queues and quotas are each process's own; metrics and statistics are added up, and telemetry is told
+to the parent as that of one server.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +21,7 @@ import msgspec
 
 from millrace.core.errors import MillraceError
 from millrace.serve.child import ChildConfig
-from millrace.serve.listen import reserve
+from millrace.serve.listen import bind
 from millrace.serve.process import ServerProcess
 from millrace.serve.telemetry import TelemetryFrame, TelemetryWriter
 
@@ -44,10 +47,13 @@ class Member:
     Args:
         config: What it serves.
         on_frame: Called with its telemetry, from a thread of its own.
+        listener: Where connections come from.
     """
 
-    def __init__(self, config: ChildConfig, on_frame: Callable[[TelemetryFrame], None]) -> None:
-        self._config, self._on_frame = config, on_frame
+    def __init__(
+        self, config: ChildConfig, on_frame: Callable[[TelemetryFrame], None], listener: socket.socket
+    ) -> None:  # fmt: skip
+        self._config, self._on_frame, self._listener = config, on_frame, listener
         self._process: ServerProcess | None = None
         self._crashes = 0
         self._is_ready = self._is_stopping = False
@@ -57,7 +63,7 @@ class Member:
     def start(self) -> None:
         """Begin it; ready once `wait_ready` says so."""
         self._started_s, self._is_ready = time.monotonic(), False
-        self._process = ServerProcess(self._config, self._on_frame)
+        self._process = ServerProcess(self._config, self._on_frame, listener=self._listener)
 
     def wait_ready(self) -> None:
         """Wait until it answers.
@@ -128,12 +134,15 @@ def serve_group(config: ChildConfig) -> int:
         signal.signal(number, lambda *_: stop.set())
     server = config.server
     forward = _forwarding(config.telemetry_fd)
-    with reserve(server.host, server.port, is_guarded=server.is_guarded) as holder:
-        port = holder.getsockname()[1]
+    with (
+        bind(server.host, server.port, is_guarded=server.is_guarded) as listener,
+        tempfile.TemporaryDirectory(prefix="millrace-") as peers,
+    ):
+        port = listener.getsockname()[1]
         each = msgspec.structs.replace(
-            config, processes=1, server=msgspec.structs.replace(server, port=port, shares_port=True)
+            config, processes=1, server=msgspec.structs.replace(server, port=port, peers=peers)
         )
-        members = [Member(each, forward) for _ in range(config.processes)]
+        members = [Member(each, forward, listener) for _ in range(config.processes)]
         try:
             for member in members:
                 member.start()

@@ -32,7 +32,6 @@ class Routes:
             b"ready": (b"GET", self._ready),
             b"": (b"GET", self._metadata),
             b"config": (b"GET", self._config),
-            b"stats": (b"GET", self._statistics),
         }
         self.v1: dict[bytes, tuple[bytes, Route]] = {
             b"predict": (b"POST", inference.predict),
@@ -56,10 +55,11 @@ class Routes:
         max_batch = self.plane.batcher.max_batch
         self._json(exchange, documents.model_config(self.plane.info.name, self.plane.signature, max_batch))
 
-    def _statistics(self, exchange: Exchange) -> None:
+    def statistics(self) -> list[dict[str, Any]]:
+        """The model's V2 statistics."""
         plane = self.plane
         name, version = plane.info.name, plane.info.version
-        self._json(exchange, documents.statistics(name, version, plane.metrics, plane.calibration))
+        return documents.statistics(name, version, plane.metrics, plane.calibration)["model_stats"]
 
     def _status(self, exchange: Exchange) -> None:
         info = self.plane.info

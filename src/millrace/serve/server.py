@@ -13,6 +13,7 @@ import ssl
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,10 +40,12 @@ from millrace.serve.dataplane import CheckedInfer, DataPlane, ModelInfo, sample_
 from millrace.serve.http import Connection
 from millrace.serve.layouts import Layout, cores
 from millrace.serve.listen import BACKLOG, bind
+from millrace.serve.peers import Peers
+from millrace.serve.pump import TelemetryPump
 from millrace.serve.racing import BUDGET_S, Calibration
 from millrace.serve.revisions import Directory, Revision
 from millrace.serve.service import HttpLimits, Service
-from millrace.serve.telemetry import Collector, TelemetryFrame, TelemetryWriter, difference
+from millrace.serve.telemetry import Collector, TelemetryWriter
 from millrace.serve.tls import read_tokens, server_context
 from millrace.serve.tracing import TracedExchange
 from millrace.serve.trials import SupportsLayouts
@@ -62,8 +65,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     of models are kept; `tune_s`: of measurements while nobody asked for `idle_s`, 0: none; `reference` is the
     bundle's profile, without it no telemetry is collected; `captures`: the folder below which requests are
     kept; `access_log` and `trace_share` as of `Serving.observe`; `tls_…` as of `tls.server_context`; `token_file`:
-    every request must bring one of its tokens; `shares_port` with other processes; `parent_pid`: drain when that
-    process is no longer the parent.
+    every request must bring one of its tokens; `listen_fd`: a listening socket that was inherited, and is shared with
+    the other processes of a group, whose counts are found in the folder `peers`; `parent_pid`: drain when that process
+    is no longer the parent.
     """
 
     name: str
@@ -95,7 +99,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     tls_key: str = ""
     tls_client_ca: str = ""
     token_file: str = ""
-    shares_port: bool = False
+    listen_fd: int = -1
+    peers: str = ""
     parent_pid: int | None = None
 
     @property
@@ -175,7 +180,7 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
         UnavailableError: The port is busy.
         CorruptError: The model failed its self-test.
     """
-    listener = bind(config.host, config.port, is_guarded=config.is_guarded, is_shared=config.shares_port)
+    listener = listener_of(config.host, config.port, config.is_guarded, config.listen_fd)
 
     async def serve() -> int:
         serving = open_serving(config, [config.name])
@@ -184,13 +189,18 @@ def run_server(config: ServerConfig, runtime: Runtime, signature: Signature, tel
         serving.directory.is_told = True
         if telemetry_fd is not None:
             serving.pumps[plane] = TelemetryPump(plane, TelemetryWriter(telemetry_fd))
-        return await serving.run(listener)
+        return await serving.run(listener, config.listen_fd >= 0)
 
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runtime.is_ready:
             runtime.load()
         gc.freeze()  # what start-up made stays: not to be looked through again and again
         return runner.run(serve())
+
+
+def listener_of(host: str, port: int, is_guarded: bool, listen_fd: int) -> socket.socket:
+    """The socket that was inherited, or a new one; as of `listen.bind`."""
+    return bind(host, port, is_guarded=is_guarded) if listen_fd < 0 else socket.socket(fileno=listen_fd)
 
 
 def open_serving(config: ServerConfig, names: Iterable[str]) -> Serving:
@@ -213,8 +223,10 @@ def open_serving(config: ServerConfig, names: Iterable[str]) -> Serving:
         guard.believe(read_tokens(config.token_file), for_s=float("inf"))
         serving.service.ask_guard(guard)
     serving.observe(config.access_log, config.trace_share)
+    if config.peers:
+        serving.join(Path(config.peers))
     if config.grpc_port is not None:
-        if config.shares_port:
+        if config.listen_fd >= 0:
             raise InputError("gRPC wants one serving process", hint="leave out --processes, or --grpc-port")
         certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
         serving.speak_grpc(config.host, config.grpc_port, certificate, config.is_guarded)
@@ -309,6 +321,15 @@ class Serving:
         self.pumps: dict[DataPlane, TelemetryPump] = {}
         self._drain_s, self._telemetry_interval_s, self._parent_pid = drain_s, telemetry_interval_s, parent_pid
         self.grpc: SupportsGrpc | None = None
+        self._coming: set[asyncio.Task[Any]] = set()  # connections that are being taken
+
+    def join(self, folder: Path) -> None:
+        """Add up what is counted with the other processes of a group; before `run`.
+
+        Args:
+            folder: Where they find each other.
+        """
+        self.catalog.peers = Peers(folder, self.catalog.snapshot)
 
     def observe(self, access_log: str, trace_share: float) -> None:
         """Write a line for each request, and begin traces; before `run`.
@@ -345,20 +366,20 @@ class Serving:
         server = extras.load("millrace.serve.grpc.listener:GrpcServer")
         self.grpc = server(self.catalog, host, port, certificate=certificate, is_guarded=is_guarded)
 
-    async def run(self, listener: socket.socket) -> int:
-        """Serve until told to stop."""
+    async def run(self, listener: socket.socket, is_shared: bool = False) -> int:
+        """Serve until told to stop.
+
+        Args:
+            listener: Bound and listening.
+            is_shared: Other processes take connections from it too.
+        """
         loop = asyncio.get_running_loop()
         # of the one product of `CheckedInfer`: what follows tells what it means
         warnings.filterwarnings("ignore", "overflow encountered in dot", RuntimeWarning)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         spare = listener.dup()  # keeps the backlog alive while the server stops accepting
-        server = await loop.create_server(lambda: Connection(self.service), sock=listener, backlog=BACKLOG, **self._tls)
-        ready: dict[str, Any] = {"ready": True, "port": spare.getsockname()[1]}
-        if self.grpc is not None:
-            await self.grpc.start()
-            ready["grpc_port"] = self.grpc.port
-        print(json.dumps(ready), flush=True)
+        server = await self._begin(listener, spare, is_shared)
         ticker = asyncio.create_task(self._tick())
         await self.stop.wait()
         self.service.is_draining = True
@@ -376,29 +397,66 @@ class Serving:
             self.service.access_log.close()
         for pump in self.pumps.values():
             pump.finish()
+        if self.catalog.peers is not None:
+            self.catalog.peers.stop()
         for plane in self.planes:
             plane.runtime.unload()
         return 0 if is_clean else 1
+
+    async def _begin(
+        self, listener: socket.socket, spare: socket.socket, is_shared: bool
+    ) -> asyncio.AbstractServer | None:
+        """Take connections, and say so; None where `spare` is watched for them."""
+        loop, server = asyncio.get_running_loop(), None
+        if is_shared:
+            loop.add_reader(spare, self._accept, spare)
+        else:
+            make = partial(Connection, self.service)
+            server = await loop.create_server(make, sock=listener, backlog=BACKLOG, **self._tls)
+        if self.catalog.peers is not None:
+            await self.catalog.peers.start()
+        ready: dict[str, Any] = {"ready": True, "port": spare.getsockname()[1]}
+        if self.grpc is not None:
+            await self.grpc.start()
+            ready["grpc_port"] = self.grpc.port
+        print(json.dumps(ready), flush=True)
+        return server
 
     @property
     def planes(self) -> list[DataPlane]:
         """Everything that is loaded."""
         return [plane for endpoint in self.directory for plane in endpoint.planes]
 
-    async def _accept_rest(self, server: asyncio.AbstractServer, spare: socket.socket) -> None:
+    def _accept(self, listener: socket.socket) -> bool:
+        """Take one connection, so that the other processes get theirs; whether there was one."""
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return False
+        client.setblocking(False)
+        connect = asyncio.get_running_loop().connect_accepted_socket(
+            partial(Connection, self.service), client, **self._tls
+        )  # fmt: skip
+        task = asyncio.ensure_future(connect)
+        self._coming.add(task)
+        task.add_done_callback(self._taken)
+        return True
+
+    def _taken(self, task: asyncio.Task[Any]) -> None:
+        self._coming.discard(task)
+        if not task.cancelled():
+            task.exception()  # whose handshake fails was nobody
+
+    async def _accept_rest(self, server: asyncio.AbstractServer | None, spare: socket.socket) -> None:
         """Take who is in the backlog: closing it would reset clients that have sent already."""
-        loop = asyncio.get_running_loop()
-        server.close()
-        coming = []
+        if server is None:
+            asyncio.get_running_loop().remove_reader(spare)
+        else:
+            server.close()
         with spare:
-            while True:
-                try:
-                    client, _ = spare.accept()
-                except OSError:
-                    break
-                client.setblocking(False)
-                coming.append(loop.connect_accepted_socket(lambda: Connection(self.service), client, **self._tls))
-        await asyncio.gather(*coming, return_exceptions=True)  # whose handshake fails was nobody
+            while self._accept(spare):
+                pass
+        await asyncio.gather(*self._coming, return_exceptions=True)
 
     async def _finish_in_flight(self) -> bool:
         """Wait for the answers; False when the time is up first."""
@@ -435,49 +493,5 @@ class Serving:
                 next_telemetry_s = self.service.now_s + self._telemetry_interval_s * 0.9
                 if not all([pump.send() for pump in self.pumps.values()]):
                     self.stop.set()
-
-
-class TelemetryPump:
-    """Sends what is new to the parent.
-
-    Args:
-        plane: Whose counters and histograms.
-        writer: Where to; several pumps may share it.
-    """
-
-    def __init__(self, plane: DataPlane, writer: TelemetryWriter) -> None:
-        self._plane = plane
-        self._writer = writer
-        self._sent: dict[str, float] = {}
-
-    def send(self) -> bool:
-        """Send a frame if something is new; False when nobody reads any more."""
-        try:
-            self._writer.advance()
-            if self._writer.has_room:
-                self._send_new()
-        except BrokenPipeError:
-            return False
-        return not self._writer.is_orphaned
-
-    def _send_new(self) -> None:
-        counters = self._plane.metrics.counters()
-        if counters == self._sent:
-            return
-        taken = self._plane.collector.take() if self._plane.collector is not None else None
-        rows = taken.rows if taken is not None else 0
-        frame = TelemetryFrame(
-            endpoint=self._plane.info.name,
-            version=self._plane.info.version,
-            rows=rows,
-            histograms=taken.to_dict() if taken is not None and rows else None,
-            counters=difference(counters, self._sent),
-            latencies=self._plane.metrics.take_bins(),
-        )
-        self._sent = counters
-        self._writer.send(frame)
-
-    def finish(self) -> None:
-        """Send the last frame and wait until it is out."""
-        if self._writer.flush() and self.send():
-            self._writer.flush()
+                if self.catalog.peers is not None:
+                    self.catalog.peers.keep()

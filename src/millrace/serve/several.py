@@ -10,8 +10,9 @@ from millrace.serve.child import ChildConfig
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.listen import bind
 from millrace.serve.opening import open_plane
+from millrace.serve.pump import TelemetryPump
 from millrace.serve.repository import ModelRepository
-from millrace.serve.server import TelemetryPump, open_serving
+from millrace.serve.server import open_serving
 from millrace.serve.telemetry import TelemetryWriter
 
 

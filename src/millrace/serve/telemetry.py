@@ -28,7 +28,9 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     """What was served since the frame before: add frames up to get a window.
 
     `histograms` is `Histograms.to_dict()`; None when no row was answered. `counters` are differences.
-    `latencies`: requests by the bin of their latency (`stats.latency.bins_of`).
+    `latencies`: requests by the bin of their latency (`stats.latency.bins_of`). As it was then: `waiting` requests
+    that no call had taken, `running` ones that calls were in, and `row_s`, the predicted seconds for a row under
+    load.
     """
 
     endpoint: str = ""
@@ -37,6 +39,9 @@ class TelemetryFrame(Struct, frozen=True, kw_only=True):
     histograms: dict[str, Any] | None = None
     counters: dict[str, float] = {}
     latencies: dict[int, int] = {}
+    waiting: int = 0
+    running: int = 0
+    row_s: float = 0.0
 
 
 class Collector:

@@ -1,0 +1,171 @@
+"""What the processes of a group have counted, added up: whoever is asked for metrics asks the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from millrace.core.types import Struct
+from millrace.serve.metrics import METRICS
+
+ASK_S = 2.0  # a peer that does not answer by then counts with what it kept last
+_LEAST = frozenset({"millrace_ready"})
+_MOST = frozenset({"millrace_queue_predicted_seconds", "millrace_breaker_open"})
+_SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """What one process has counted.
+
+    `endpoints`: Prometheus text by endpoint, under "" that of the server itself; `statistics`: V2 documents by
+    endpoint.
+    """
+
+    endpoints: dict[str, str] = {}
+    statistics: dict[str, list[dict[str, Any]]] = {}
+
+
+class Peers:
+    """The other processes of a group, found in a folder of Unix sockets. For the event loop's thread.
+
+    Each also keeps what it has counted in a file: what a killed process had counted does not vanish from the sums.
+
+    Args:
+        folder: Of the group, for its user alone.
+        own: Reads what this process has counted.
+    """
+
+    def __init__(self, folder: Path, own: Callable[[], Snapshot]) -> None:
+        self._folder, self._own = folder, own
+        self._name = f"{os.getpid()}-{time.time_ns()}"
+        self._server: asyncio.Server | None = None
+        self._kept = b""
+
+    async def start(self) -> None:
+        """Answer the others."""
+        path = self._folder / f"{self._name}.sock"
+        self._server = await asyncio.start_unix_server(self._answer, path)
+
+    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(msgspec.msgpack.encode(self._own()))
+        writer.close()
+
+    def keep(self) -> None:
+        """Write down what has been counted, for when this process is no more."""
+        data = msgspec.msgpack.encode(self._own())
+        if data != self._kept:
+            self._kept = data
+            path = self._folder / f"{self._name}.new"
+            path.write_bytes(data)
+            path.replace(self._folder / f"{self._name}.kept")
+
+    async def ask(self) -> list[Snapshot]:
+        """What each process has counted, this one first; of those that are no more, what does not fall."""
+        names = {path.stem for path in self._folder.iterdir()} - {self._name}
+        return [self._own(), *await asyncio.gather(*[self._ask(name) for name in sorted(names)])]
+
+    async def _ask(self, name: str) -> Snapshot:
+        try:
+            async with asyncio.timeout(ASK_S):
+                reader, writer = await asyncio.open_unix_connection(self._folder / f"{name}.sock")
+                data = await reader.read()
+                writer.close()
+            return msgspec.msgpack.decode(data, type=Snapshot)
+        except (OSError, TimeoutError, msgspec.MsgspecError):
+            return _grown(self._read(name))
+
+    def _read(self, name: str) -> Snapshot:
+        try:
+            return msgspec.msgpack.decode((self._folder / f"{name}.kept").read_bytes(), type=Snapshot)
+        except FileNotFoundError:
+            return Snapshot()
+
+    def stop(self) -> None:
+        """Keep the last of it; no more answers."""
+        self.keep()
+        if self._server is not None:
+            self._server.close()
+
+
+def _grown(snapshot: Snapshot) -> Snapshot:
+    """Without gauges: they are of what is running."""
+    kept = {name: _without_gauges(text) for name, text in snapshot.endpoints.items()}
+    return msgspec.structs.replace(snapshot, endpoints=kept)
+
+
+def _without_gauges(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith("#") or not _is_gauge(line)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_gauge(sample: str) -> bool:
+    known = METRICS.get(sample.partition("{")[0].partition(" ")[0])
+    return known is not None and known[0] == "gauge"
+
+
+def added_texts(texts: Iterable[str]) -> str:
+    """Prometheus text of several processes as that of one: a series is the sum of theirs.
+
+    Of `millrace_ready` it is the least, of times and of the breaker the most.
+
+    Example:
+        >>> one, two = ("# TYPE a counter\\na 1\\nmillrace_ready 1\\n", "# TYPE a counter\\na 2\\nmillrace_ready 0\\n")
+        >>> print(added_texts([one, two]), end="")
+        # TYPE a counter
+        a 3
+        millrace_ready 0
+    """
+    lines: dict[str, float | None] = {}  # in the order of their first mention; None: no sample
+    for text in texts:
+        for line in text.splitlines():
+            if line.startswith("#"):
+                lines.setdefault(line, None)
+                continue
+            series, _, value = line.rpartition(" ")
+            before = lines.get(series)
+            lines[series] = float(value) if before is None else _both(series.partition("{")[0], before, float(value))
+    return "".join([line + "\n" if value is None else f"{line} {value:.10g}\n" for line, value in lines.items()])
+
+
+def _both(name: str, one: float, other: float) -> float:
+    if name in _LEAST:
+        return min(one, other)
+    return max(one, other) if name in _MOST else one + other
+
+
+def added_statistics(documents: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """V2 statistics of several processes as those of one.
+
+    Example:
+        >>> one, two = ({"name": "m", "version": "1", "inference_count": count} for count in (1, 2))
+        >>> added_statistics([[one], [two]])
+        [{'name': 'm', 'version': '1', 'inference_count': 3}]
+    """
+    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for model in [model for models in documents for model in models]:
+        key = (model["name"], model["version"])
+        found[key] = _added(found[key], model) if key in found else model
+    return list(found.values())
+
+
+def _added(one: Any, other: Any, name: str = "") -> Any:
+    if name == "millrace":
+        return one  # how the model is called, not what was counted
+    if isinstance(one, dict):
+        return {key: _added(one[key], other[key], key) if key in one and key in other else (one | other)[key]
+                for key in one | other}  # fmt: skip
+    if name == "batch_stats":
+        sizes = {batch["batch_size"]: batch for batch in one}
+        for batch in other:
+            size = batch["batch_size"]
+            sizes[size] = {**_added(sizes[size], batch), "batch_size": size} if size in sizes else batch
+        return [sizes[size] for size in sorted(sizes)]
+    if isinstance(one, int | float):
+        return max(one, other) if name == "last_inference" else one + other
+    return one
