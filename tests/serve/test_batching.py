@@ -118,6 +118,16 @@ def test_a_large_request_runs_in_slices() -> None:
     assert infer.batches == [8, 8, 5]
 
 
+def test_rows_of_different_shapes_are_batched_with_their_like() -> None:
+    double = Doubler()
+    jobs = [Collected([float(n)]) for n in range(6)]
+    for job in jobs[::2]:
+        job.tensors["x"] = np.repeat(job.tensors["x"], 3, axis=1)
+    run(jobs, double)
+    assert [job.answer() for job in jobs] == [[2.0 * n] * (3 if n % 2 == 0 else 1) for n in range(6)]
+    assert double.batches == [3, 3]
+
+
 def test_outputs_without_one_row_per_row_fail_the_request_alone() -> None:
     jobs = [Collected([1.0]), Collected([2.0])]
     run(jobs, lambda tensors: {"y": np.zeros((3, 1), np.float32)})

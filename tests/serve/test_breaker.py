@@ -185,3 +185,19 @@ def test_metrics_and_clocks_agree_on_open_time() -> None:
     assert breaker.tried(False, now_s) == 2.0
     assert breaker.retry_after_s(now_s + 0.5) == 2
     assert breaker.retry_after_s(now_s + 50) == 1
+
+
+def test_what_only_looks_at_answers_is_dropped_when_it_fails() -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("it cannot take that")
+
+    async def main() -> None:
+        server = make(Doubler())
+        plane = server.plane
+        plane.mirror = fails
+        for _ in range(2):
+            assert (await server.ask(predict()))[0][0] == 200
+        assert plane.mirror is None
+        assert not plane.breaker.is_open
+
+    asyncio.run(main())

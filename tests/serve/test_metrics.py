@@ -131,6 +131,14 @@ def test_a_collector_counts_every_row_once(sizes: list[int]) -> None:
     assert collector.take().rows == 0
 
 
+def test_a_collector_takes_rows_of_ever_new_shapes() -> None:
+    collector = Collector(LAYOUT)
+    for width in (1, 3, 2):
+        row = {"x": np.full((2, width), 0.5, np.float32), "tokens": np.zeros((2, 7 * width), np.int64)}
+        collector.add(row, {"y": np.full((2, 2), 0.5, np.float32), "scores": np.zeros((2, width), np.float32)})
+    assert collector.take().rows == 6
+
+
 @given(st.lists(st.integers(0, 10**6), max_size=8), st.integers(1, 40))
 def test_frames_survive_any_cutting(rows: list[int], step: int) -> None:
     data = b""

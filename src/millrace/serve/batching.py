@@ -287,7 +287,10 @@ class Batcher:
     # ------------------------------------------------------------------ one batch
 
     def _execute(self, batch: list[Job], plan: Plan) -> list[Call]:
-        """Run a batch; when it fails, each of its jobs alone, so that only the guilty one fails."""
+        """Run a batch; when it fails, each of its jobs alone, so that only the guilty one fails.
+
+        Jobs whose rows differ in shape are never in one call.
+        """
         start_ns = time.perf_counter_ns()
         try:
             tensors = _join(batch)
@@ -298,7 +301,7 @@ class Batcher:
             if len(batch) == 1:
                 batch[0].error = error
                 return []
-            return [call for job in batch for call in self._execute([job], plan)]
+            return [call for part in _by_shape(batch) for call in self._execute(part, plan)]
         shared = batch[0].shared
         shared.start_ns, shared.end_ns = start_ns, time.perf_counter_ns()
         return [Call(tensors, outputs, batch, start_ns, shared.end_ns, joined_ns)]
@@ -351,6 +354,14 @@ def _join(batch: list[Job]) -> Tensors:
         if len(parts) == len(batch):
             return first.packing.tensors(b"".join(parts))
     return {name: np.concatenate([job.tensors[name] for job in batch]) for name in first.tensors}
+
+
+def _by_shape(batch: list[Job]) -> list[list[Job]]:
+    """Jobs whose rows have one shape together; where all have, each alone."""
+    parts: dict[tuple[tuple[int, ...], ...], list[Job]] = {}
+    for job in batch:
+        parts.setdefault(tuple([values.shape[1:] for values in job.tensors.values()]), []).append(job)
+    return list(parts.values()) if len(parts) > 1 else [[job] for job in batch]
 
 
 def _run_slices(tensors: Mapping[str, np.ndarray], plan: Plan) -> Tensors:

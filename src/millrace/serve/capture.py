@@ -236,7 +236,7 @@ class Part:
         self.close()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._make_room(max(size_bytes, self._part_bytes))
-        name = f"{time.time_ns() // 1_000_000:013d}-v{self._version}-{os.getpid()}-{random.getrandbits(32):08x}.jsonl"
+        name = f"{time.time_ns():019d}-v{self._version}-{os.getpid()}-{random.getrandbits(32):08x}.jsonl"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(self._folder / name, flags, 0o600)
         self._size_bytes = 0

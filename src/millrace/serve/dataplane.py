@@ -16,7 +16,7 @@ from millrace.core.ports import Runtime
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.admission import Admission, Refusal
-from millrace.serve.batching import Batcher, Call, Job
+from millrace.serve.batching import RUN_ERRORS, Batcher, Call, Job
 from millrace.serve.breaker import Breaker
 from millrace.serve.capture import Recorder
 from millrace.serve.clients import Client
@@ -182,12 +182,23 @@ class DataPlane:
 
     def _pass_on(self, call: Call) -> None:
         """To those that look at rows and answers."""
-        if self.collector is not None:
-            self.collector.add(call.tensors, call.outputs)
-        if self.mirror is not None:
-            self.mirror(call)
-        if self.recorder is not None:
-            self.recorder.take(call)
+        if self.collector is not None and not self._told(self.collector.add, call.tensors, call.outputs):
+            self.collector = None
+        if self.mirror is not None and not self._told(self.mirror, call):
+            self.mirror = None
+        if self.recorder is not None and not self._told(self.recorder.take, call):
+            self.recorder = None
+
+    def _told(self, take: Callable[..., object], *what: Any) -> bool:
+        """Whether it could take that; who cannot is asked no more, and requests are answered on."""
+        try:
+            take(*what)
+        except RUN_ERRORS:
+            _log.exception(
+                "%s of %r failed and is off from now on", getattr(take, "__qualname__", take), self.info.name
+            )
+            return False
+        return True
 
     # ------------------------------------------------------------------ a model that only fails
 

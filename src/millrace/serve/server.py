@@ -266,7 +266,7 @@ def build_plane(
     )
     admission.seconds_per_row = cost.predict_s(rows) / rows / callers
     batcher = Batcher(infer, cost, rows, loop.call_soon, loop.call_soon_threadsafe, callers)
-    collector = None if config.reference is None else Collector(layout_from_reference(config.reference))
+    collector = Collector(layout_from_reference(config.reference)) if config.reference else None
     info = ModelInfo(name=config.name, version=config.version, variant=config.variant)
     parts = (info, runtime, signature, admission, batcher, collector)
     plane = CachedPlane(config.cache, *parts) if config.cache.entries else DataPlane(*parts)
@@ -283,6 +283,8 @@ def build_plane(
         )
         if stored is not None:
             tuner.adopt_stored(stored)
+        elif callers > 1:
+            tuner.adopt_sound(cost)
     return plane
 
 

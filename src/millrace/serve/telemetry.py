@@ -55,6 +55,8 @@ class Collector:
 
     def __init__(self, layout: Layout) -> None:
         self._tally = LayoutTally(layout)
+        self._inputs = {feature.tensor for feature in layout.inputs}
+        self._answers = {feature.tensor for feature in layout.outputs}
         self._tensors: list[Mapping[str, np.ndarray]] = []
         self._outputs: list[Mapping[str, np.ndarray]] = []
         self._buffered = 0
@@ -62,10 +64,16 @@ class Collector:
 
     def add(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Count a call's rows, now or a little later."""
-        self._tensors.append(tensors)
-        self._outputs.append(outputs)
+        counted = {name: values for name, values in tensors.items() if name in self._inputs}
+        answers = {name: values for name, values in outputs.items() if name in self._answers}
+        if not counted and not answers:
+            return
+        if self._tensors and not (_fits(counted, self._tensors[-1]) and _fits(answers, self._outputs[-1])):
+            self._fold()
+        self._tensors.append(counted)
+        self._outputs.append(answers)
         self._buffered += len(next(iter(tensors.values())))
-        self._buffered_bytes += sum(values.nbytes for values in tensors.values())
+        self._buffered_bytes += sum(values.nbytes for values in counted.values())
         if self._buffered >= BUFFER_ROWS or self._buffered_bytes >= BUFFER_BYTES:
             self._fold()
 
@@ -78,6 +86,11 @@ class Collector:
         """The histograms since the last `take`; counting starts anew."""
         self._fold()
         return self._tally.take()
+
+
+def _fits(tensors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    """Whether their rows have the same shapes."""
+    return all(values.shape[1:] == others[name].shape[1:] for name, values in tensors.items())
 
 
 def _joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -29,6 +29,9 @@ from millrace.serve.trials import Sessions, SupportsLayouts, Trial, step_back
 
 IDLE_S = 3.0
 LEAST_SHARE = 0.8
+YIELDED = 0.75  # of that share is enough the next time: on a machine that is always busy a rough measure is one too
+LOWEST_SHARE = 0.3
+HEAVY_S = 2e-3  # a call that takes so long is quicker by all processors, whatever the model
 KEPT = 200
 FAILED_PAUSE_S = 60.0
 BUSY_PAUSE_S = 20.0  # other programs want the processors
@@ -139,8 +142,8 @@ class Tuner:
         slo_s: 99 of 100 requests are to be answered within that; None: there is no objective.
         idle_s: Nobody must have asked for so long.
         budget_s: Of all measurements.
-        least_share: Of a processor that a measurement must have had: on a machine that others keep busy nothing
-            is measured.
+        least_share: Of a processor that a measurement must have had, at first: while others keep the machine busy
+            nothing is measured; where they always do, less is enough.
     """
 
     def __init__(
@@ -174,6 +177,12 @@ class Tuner:
         """Go over to what was measured earlier, without measuring anything."""
         self.is_done = True
         self._start(self._go_over, calibration)
+
+    def adopt_sound(self, cost: Cost) -> None:
+        """Until a heavy model is measured: a lone call has all processors, of many each has one."""
+        if cost.predict_s(1) >= HEAVY_S and cores() > 1:
+            shallow, deep = Layout(threads=cores()), Layout(callers=cores())
+            self._start(self._go_over, Calibration(shallow=shallow, deep=deep, shallow_cost=cost, deep_cost=cost))
 
     def tick(self, now_s: float, is_alone: bool) -> None:
         """Begin, or go on, when it has been quiet for long enough.
@@ -215,8 +224,11 @@ class Tuner:
                 _log.warning("calibration of %r failed: %s", self._plane.info.name, error.message)
                 self._quiet_since_s = time.monotonic() + FAILED_PAUSE_S
             return
-        if not is_decided:
-            self._quiet_since_s = time.monotonic() + (0.0 if self._is_disturbed() else BUSY_PAUSE_S)
+        if not is_decided and self._is_disturbed():
+            self._quiet_since_s = time.monotonic()
+        elif not is_decided:
+            self._quiet_since_s = time.monotonic() + BUSY_PAUSE_S
+            self._least_share = min(self._least_share, max(LOWEST_SHARE, self._least_share * YIELDED))
         elif not self._is_stopped:
             calibration = self._race.result()
             self._kept.put(self._runtime, self._max_rows, calibration)
