@@ -16,7 +16,7 @@ import millrace
 from millrace.core.errors import InputError, NotFoundError
 from millrace.testing.server import RunningServer
 
-pytestmark = pytest.mark.rotating(2)
+pytestmark = pytest.mark.rotating(1)
 SPEC = """project: sugar
 data: {source: sugar.csv, label: target}
 train: {model: linear}

@@ -110,7 +110,7 @@ def millrace(*arguments: str, code: int = 0, **variables: str) -> Any:
     return json.loads(done.stdout) if code == 0 else done.stdout
 
 
-@pytest.mark.rotating(2, "backups")
+@pytest.mark.rotating(1, "backups")
 def test_under_load_from_sqlite_to_postgres_and_s3_and_back(tmp_path: Path, store: dict[str, str]) -> None:
     home, to = str(tmp_path / "home"), "s3://millrace/backups"
     keyed = {**store, "BACKUP_KEY": KEY}
@@ -175,7 +175,7 @@ def test_the_same_digests_on_every_kind_of_store(tmp_path: Path) -> None:
     assert done["digest"] == digest
 
 
-@pytest.mark.rotating(2, "backups")
+@pytest.mark.rotating(1, "backups")
 def test_a_server_backs_up_by_the_clock_and_says_when_it_fails(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -209,7 +209,7 @@ def test_what_is_broken_is_said_with_exit_code_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "backups")
+@pytest.mark.rotating(1, "backups")
 def test_a_drill_opens_a_real_model(small: Path) -> None:
     run_millrace(small, "run")
     made = json.loads(run_millrace(small, "system", "backup", "to", "--json").stdout)

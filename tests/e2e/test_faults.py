@@ -79,7 +79,7 @@ def wait_for_step(process: subprocess.Popen[str], step: str) -> None:
             return
 
 
-@pytest.mark.rotating(2, "ends of runs")
+@pytest.mark.rotating(1, "ends of runs")
 def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
     for number, step, data in ((signal.SIGINT, "train", "succeeded"), (signal.SIGTERM, "evaluate", "cached")):
         process = start(small, "run", "--json")
@@ -97,7 +97,7 @@ def test_ctrl_c_cancels_and_a_new_run_continues(small: Path) -> None:
     assert [states[step] for step in ("data", "train", "export", "monitor")] == ["cached"] * 3 + ["succeeded"]
 
 
-@pytest.mark.rotating(2, "ends of runs")
+@pytest.mark.rotating(1, "ends of runs")
 def test_a_reader_that_leaves_cancels_and_a_new_run_continues(small: Path) -> None:
     """`millrace run | head -1` ends."""
     process = start(small, "run")
@@ -112,7 +112,7 @@ def test_a_reader_that_leaves_cancels_and_a_new_run_continues(small: Path) -> No
     assert states_of(small)["data"] == "cached"
 
 
-@pytest.mark.rotating(2, "ends of runs")
+@pytest.mark.rotating(1, "ends of runs")
 def test_another_terminal_cancels(small: Path) -> None:
     process = start(small, "run", "--json")
     wait_for_step(process, "train")
@@ -121,7 +121,7 @@ def test_another_terminal_cancels(small: Path) -> None:
     assert process.returncode in (0, 130)
 
 
-@pytest.mark.rotating(2, "ends of runs")
+@pytest.mark.rotating(1, "ends of runs")
 def test_detached_runs_go_on_without_this_terminal(small: Path) -> None:
     run_millrace(small, "run", "--detach")
     deadline = time.monotonic() + 60
@@ -131,7 +131,7 @@ def test_detached_runs_go_on_without_this_terminal(small: Path) -> None:
     assert set(states_of(small).values()) == {"succeeded"}
 
 
-@pytest.mark.rotating(2, "ends of runs")
+@pytest.mark.rotating(1, "ends of runs")
 def test_two_specs_at_once_on_one_home(tmp_path: Path) -> None:
     home = tmp_path / "home"
     processes = []
@@ -149,6 +149,7 @@ def test_two_specs_at_once_on_one_home(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.rotating(1, "ends of runs")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_full_disk_is_said_and_survived(small: Path, undisturbed_digest: str) -> None:
     home = small / "disk"

@@ -54,7 +54,7 @@ def finished(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(3, "kills")
+@pytest.mark.rotating(2, "kills")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_run_whose_worker_is_killed_continues_to_the_same_digests(
     small: Path, undisturbed_digest: str, step: str
@@ -64,7 +64,7 @@ def test_a_run_whose_worker_is_killed_continues_to_the_same_digests(
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(3, "kills")
+@pytest.mark.rotating(2, "kills")
 def test_a_run_whose_command_is_killed_in_each_step_continues_to_the_same_digests(
     small: Path, undisturbed_digest: str
 ) -> None:

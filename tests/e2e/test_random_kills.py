@@ -45,7 +45,7 @@ def executed(folder: Path, run: str = "last") -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(3, "kills")
+@pytest.mark.rotating(2, "kills")
 def test_kills_at_random_moments_lose_at_most_the_step_in_flight(
     small: Path, undisturbed: Path, undisturbed_digest: str
 ) -> None:

@@ -179,20 +179,20 @@ def tell(place: Place, serving: ServedByCommand | ServedByServer) -> None:
     assert {"run.submit", "run.track", "run.end", "model.register", "model.promote", "model.rollback"} <= verbs
 
 
-@pytest.mark.rotating(2, "stories")
+@pytest.mark.rotating(1, "stories")
 def test_embedded(tmp_path: Path) -> None:
     place = Place(tmp_path / "work")
     tell(place, ServedByCommand(place))
 
 
-@pytest.mark.rotating(2, "stories")
+@pytest.mark.rotating(1, "stories")
 def test_on_a_server_that_commands_find_beside_the_spec(tmp_path: Path) -> None:
     place = Place(tmp_path / "work")
     with RunningServer(place.folder / ".millrace"):
         tell(place, ServedByServer(place))
 
 
-@pytest.mark.rotating(2, "stories")
+@pytest.mark.rotating(1, "stories")
 def test_on_a_server_elsewhere(tmp_path: Path) -> None:
     with RunningServer(tmp_path / "server") as server:
         place = Place(tmp_path / "work", MILLRACE_URL=server.url)
@@ -227,7 +227,7 @@ def s3(service: str, tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.xdist_group("postgres")
-@pytest.mark.rotating(2, "stories")
+@pytest.mark.rotating(1, "stories")
 @pytest.mark.skipif(PostgresServer.find() is None, reason="no PostgreSQL server is installed")
 @pytest.mark.parametrize(
     ("service", "chapter"),

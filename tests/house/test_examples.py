@@ -63,7 +63,7 @@ def test_every_folder_is_tested() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "examples")
+@pytest.mark.rotating(1, "examples")
 @pytest.mark.parametrize("example", ["digits"], indirect=True)
 def test_digits(example: Path) -> None:
     script = "\n".join(line for line in commands(example / "README.md").splitlines() if "serve" not in line)
@@ -73,7 +73,7 @@ def test_digits(example: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "examples")
+@pytest.mark.rotating(1, "examples")
 @pytest.mark.parametrize("example", ["csv"], indirect=True)
 def test_a_table_of_classes(example: Path) -> None:
     shell(commands(example / "README.md"), example)
@@ -86,7 +86,7 @@ def test_a_table_of_classes(example: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "examples")
+@pytest.mark.rotating(1, "examples")
 @pytest.mark.parametrize("example", ["csv"], indirect=True)
 def test_a_table_of_numbers(example: Path) -> None:
     shell("python make_data.py\nmillrace init --data diabetes.csv --label progression\nmillrace run", example)
@@ -96,7 +96,7 @@ def test_a_table_of_numbers(example: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "examples")
+@pytest.mark.rotating(1, "examples")
 @pytest.mark.parametrize("example", ["own-model"], indirect=True)
 def test_a_model_made_elsewhere(example: Path) -> None:
     printed = shell(commands(example / "README.md"), example)
@@ -124,7 +124,7 @@ def test_the_page_on_tracking(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(2, "examples")
+@pytest.mark.rotating(1, "examples")
 @pytest.mark.parametrize("example", ["notebook"], indirect=True)
 def test_notebook(example: Path) -> None:
     code = (

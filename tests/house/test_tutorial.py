@@ -103,6 +103,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     reader.stop()
 
 
+@pytest.mark.rotating(1, "examples")
 def test_the_tutorial_runs(reader: Reader) -> None:
     printed = ""
     blocks = BLOCK.findall(TUTORIAL.read_text(encoding="utf-8"))
