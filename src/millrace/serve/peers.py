@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ import msgspec
 from millrace.core.types import Struct
 from millrace.serve.metrics import METRICS
 
+_log = logging.getLogger(__name__)
 ASK_S = 2.0  # a peer that does not answer by then counts with what it kept last
 _LEAST = frozenset({"millrace_ready"})
 _MOST = frozenset({"millrace_queue_predicted_seconds", "millrace_breaker_open"})
@@ -50,7 +52,10 @@ class Peers:
     async def start(self) -> None:
         """Answer the others."""
         path = self._folder / f"{self._name}.sock"
-        self._server = await asyncio.start_unix_server(self._answer, path)
+        try:
+            self._server = await asyncio.start_unix_server(self._answer, path)
+        except OSError as error:  # such as a path that is too long for a socket
+            _log.warning("what this process counts is a moment old where others are asked for it: %s", error)
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(msgspec.msgpack.encode(self._own()))
@@ -62,8 +67,11 @@ class Peers:
         if data != self._kept:
             self._kept = data
             path = self._folder / f"{self._name}.new"
-            path.write_bytes(data)
-            path.replace(self._folder / f"{self._name}.kept")
+            try:
+                path.write_bytes(data)
+                path.replace(self._folder / f"{self._name}.kept")
+            except OSError as error:  # a full disk, or no descriptor: the next time
+                _log.warning("what this process counts is not kept: %s", error)
 
     async def ask(self) -> list[Snapshot]:
         """What each process has counted, this one first; of those that are no more, what does not fall."""

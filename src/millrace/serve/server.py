@@ -55,6 +55,7 @@ from millrace.stats.histogram import layout_from_reference
 _log = logging.getLogger(__name__)
 DISTRIBUTION = "millrace-ai"
 _HANDSHAKE_S = 10.0
+_ACCEPT_PAUSE_S = 1.0
 FIRST_CALLS_S = 0.1  # a batch takes no longer until the model has been measured
 
 
@@ -433,7 +434,13 @@ class Serving:
         """Take one connection, so that the other processes get theirs; whether there was one."""
         try:
             client, _ = listener.accept()
-        except OSError:
+        except BlockingIOError:  # another process was quicker
+            return False
+        except OSError as error:  # no descriptors or no memory left: not to be asked again at once
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener)
+            _log.error("no connection is taken for %g s: %s", _ACCEPT_PAUSE_S, error)
             return False
         client.setblocking(False)
         connect = asyncio.get_running_loop().connect_accepted_socket(
@@ -443,6 +450,10 @@ class Serving:
         self._coming.add(task)
         task.add_done_callback(self._taken)
         return True
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if not self.stop.is_set():
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _taken(self, task: asyncio.Task[Any]) -> None:
         self._coming.discard(task)
