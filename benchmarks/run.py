@@ -30,6 +30,7 @@ SECTIONS = {
     "serving_overload": "Inference, more clients than a model can answer",
     "serving_answers": "Inference, each client its own answer",
     "serving_memory": "Inference, memory over a million requests",
+    "serving_shadow": "Inference beside a shadow",
     "serving_soak": "Inference, ten minutes at 80 % load",
     "drift": "Drift profile",
     "compress": "Compression",

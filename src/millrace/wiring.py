@@ -34,7 +34,7 @@ HANDLER_MODULES = (
     "millrace.control.models",
     "millrace.control.tracking",
     "millrace.control.endpoints",
-    "millrace.control.deployments",
+    "millrace.control.deploying",
     "millrace.control.captured",
     "millrace.control.placing",
     "millrace.control.rollouts",

@@ -9,13 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 
 from millrace.api.app import build_app
-from millrace.api.supervisor import UpConfig, check_tls
+from millrace.api.supervisor import UpConfig, check_tls, place_of
 from millrace.control.dispatch import Dispatcher
 from millrace.core.addresses import check_networks
 from millrace.core.errors import DeniedError, InputError
 from millrace.core.types import Event
+from millrace.serve.hosting import HostConfig
+from millrace.serve.service import HttpLimits
 from millrace.wiring import open_dispatcher
 
 PASSWORD = "blue tractor on mars"
@@ -113,3 +116,25 @@ def test_what_up_refuses(tmp_path: Path) -> None:
         check_tls(config(host="10.0.0.5"))
     check_tls(config(host="10.0.0.5", proxies=("10.0.0.7",), names=("m",)))
     assert config(proxies=("127.0.0.1",)).wants_token, "on loopback too: others come by the proxy"
+    with pytest.raises(InputError, match="without a certificate of the server"):
+        check_tls(config(tls_client_ca="ca.pem"))
+    trustme.CA().issue_cert("m").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "c.pem"))
+    with pytest.raises(InputError, match=r"authority .*none\.pem cannot be used"):
+        check_tls(config(tls_cert=str(tmp_path / "c.pem"), tls_client_ca=str(tmp_path / "none.pem")))
+
+
+def test_where_endpoints_are_and_what_one_client_may_do(tmp_path: Path) -> None:
+    (tmp_path / "millrace.yaml").write_text(
+        "steps: [{name: one, uses: 'own.py:one'}]\nserve: {client_rate: 7, queue_s: 0.5}\n"
+    )
+
+    def place(**options: Any) -> HostConfig:
+        return place_of(UpConfig(home=str(tmp_path / ".millrace"), **options))
+
+    assert place() == HostConfig(limits=HttpLimits(client_rate=7.0))
+    asked = place(client_rate=0.0, queue_s=0.25, host="10.0.0.5", tls_cert="c.pem", tls_client_ca="ca.pem")
+    assert (asked.limits.client_rate, asked.queue_s, asked.wants_token) == (0.0, 0.25, True)
+    for host in ("10.0.0.5", "127.0.0.1"):
+        known = place(host=host, tls_cert="c.pem", tls_key="k.pem", tls_client_ca="ca.pem")
+        assert (known.host, known.tls_cert, known.tls_key, known.tls_client_ca) == (host, "c.pem", "k.pem", "ca.pem")
+    assert place(tls_cert="c.pem").tls_cert == "", "on loopback endpoints are open, as they were"

@@ -63,8 +63,8 @@ def until(check: Callable[[], object], what: str, timeout_s: float = 40.0) -> No
 class Site:
     """Host 1 serves, hosts 2 and 3 work, host 4 is a person's."""
 
-    def __init__(self, folder: Path, hosts: Hosts) -> None:
-        self.folder, self.hosts, self.hold_s = folder, hosts, 0.0
+    def __init__(self, folder: Path, hosts: Hosts, silence_s: int) -> None:
+        self.folder, self.hosts, self.hold_s, self.silence_s = folder, hosts, 0.0, silence_s
         self.marks = folder / "marks"
         self.work = folder / "work"
         for made in (self.marks, self.work):
@@ -83,7 +83,11 @@ class Site:
         return RunningServer(
             self.folder / "home",
             prefix=self.hosts.prefix(1),
-            environment={"MILLRACE_COMPUTE": "workers", "MILLRACE_HEARTBEAT_TIMEOUT_S": "3", "MILLRACE_URL": ""},
+            environment={
+                "MILLRACE_COMPUTE": "workers",
+                "MILLRACE_HEARTBEAT_TIMEOUT_S": str(self.silence_s),
+                "MILLRACE_URL": "",
+            },
             arguments=("--host", self.hosts.address(1), "--tls-cert", str(self.folder / "server.pem"), "--port", port),
         )
 
@@ -170,9 +174,10 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+    """Its parameter: after how many seconds a silent worker is given up."""
     with Hosts(4) as hosts:
-        made = Site(tmp_path, hosts)
+        made = Site(tmp_path, hosts, getattr(request, "param", 3))
         try:
             yield made.start()
         finally:
@@ -304,6 +309,7 @@ def test_a_worker_behind_a_cut_is_replaced_and_its_late_reports_count_no_more(si
     assert site.workers[0].poll() is None, "it goes on asking"
 
 
+@pytest.mark.parametrize("site", [30], indirect=True)  # a busy machine may take long to start a server
 def test_a_server_that_is_killed_comes_back_to_the_same_worker(site: Site) -> None:
     site.hold_s = 3.0
     site.start_worker(2)

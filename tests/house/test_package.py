@@ -42,7 +42,7 @@ def test_names_and_licence() -> None:
 
 def test_the_base_is_light() -> None:
     base = {canonicalize_name(one.name) for one in requirements()}
-    assert len(base) <= 22
+    assert len(base) <= 23
     assert base & {"torch", "polars", "scipy", "pyarrow", "scikit-learn", "lightgbm", "onnx"} == set()
 
 

@@ -51,6 +51,9 @@ def test_a_model_that_only_fails_is_not_asked_until_it_works_again(cost: Cost) -
         asked = len(calls)
         assert asked == 4  # the fourth was a row of its own
         assert (server.plane.breaker.is_open, gauge(server)) == (True, 1)
+        ((_, _, answer),) = await server.ask(b"GET /v2/models/m/stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        stated = json.loads(answer)["model_stats"][0]["millrace"]["breaker"]
+        assert stated == {"is_open": True, "failures": 4, "opened": 1}
         for target in (INFER, PREDICT):  # before the body is looked at
             ((status, headers, answer),) = await server.ask(request(target, b"\xff"))
             assert (status, headers[b"Retry-After"]) == (503, b"1")

@@ -239,6 +239,7 @@ def test_served_they_answer_as_by_hand(kit: ModuleType, live: Any) -> None:
     tensor = {"name": "raw", "datatype": "FP32", "shape": [6, 64], "data": raw.tolist()}
     status, body = live.call("POST", "/v2/models/camera/infer", {"inputs": [tensor]})
     assert {one["name"] for one in body["outputs"]} == {"probabilities", "pixels"}
+    assert live.call("GET", "/v2/models/camera")[1]["platform"] == "ensemble"
 
     pixels = kit.make_pixels(40, seed=3)
     first, second = (

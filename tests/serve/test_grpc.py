@@ -75,6 +75,7 @@ def test_documents(client: Any) -> None:
     model = client.get_model_metadata("digits")
     assert [(one.name, one.datatype, list(one.shape)) for one in model.inputs] == [("pixels", "FP32", [-1, 64])]
     config = client.get_model_config("digits").config
+    assert (model.platform, config.platform) == ("onnxruntime_onnx", "onnxruntime_onnx")
     assert (config.backend, list(config.output[0].dims)) == ("onnxruntime", [10])
     (entry,) = client.get_model_repository_index().models
     assert (entry.name, entry.version, entry.state) == ("digits", "3", "READY")
@@ -87,6 +88,13 @@ def test_infer_and_statistics(client: Any, kit: Any, offline: Any) -> None:
     np.testing.assert_allclose(result.as_numpy("probabilities"), offline(pixels), atol=1e-6)
     assert result.get_response().id == "a7"
     assert client.get_inference_statistics("digits").model_stats[0].inference_count == before + 7
+
+
+def test_no_rows(client: Any) -> None:
+    before = client.get_inference_statistics("digits").model_stats[0].execution_count
+    answer = client.infer("digits", [tensor_of(np.zeros((0, 64), np.float32))]).as_numpy("probabilities")
+    assert (answer.shape, answer.dtype) == ((0, 10), np.float32)
+    assert client.get_inference_statistics("digits").model_stats[0].execution_count == before
 
 
 def test_typed_contents_are_answered_typed(channel: grpc.Channel, kit: Any, offline: Any) -> None:

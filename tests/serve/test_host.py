@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import queue
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import trustme
 
 from millrace.formats.bundle import open_bundle
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
+from millrace.serve.service import HttpLimits
 from millrace.serve.telemetry import TelemetryFrame
 from millrace.store.leases import process_start
 
@@ -30,12 +36,13 @@ ROW = {"instances": [[1.0] * 64]}
 class Hosting:
     """A host and what it says."""
 
-    def __init__(self) -> None:
+    def __init__(self, **place: Any) -> None:
         self.states: queue.Queue[ModelState] = queue.Queue()
         self.frames: queue.Queue[tuple[str, TelemetryFrame]] = queue.Queue()
         self.process = HostProcess(
-            HostConfig(telemetry_interval_s=0.1), lambda name, frame: self.frames.put((name, frame)), self.states.put
-        )
+            HostConfig(telemetry_interval_s=0.1, **place), lambda name, frame: self.frames.put((name, frame)),
+            self.states.put,
+        )  # fmt: skip
         self.port = self.process.wait_ready()
 
     def apply(self, *models: HostedModel) -> dict[str, ModelState]:
@@ -114,6 +121,47 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_says_why(hosting: Hosting
     assert hosting.apply(msgspec.structs.replace(good, version="2", digest=bad.digest))["good"].error is not None
     assert hosting.call("GET", "/v2/models/good")[1]["versions"] == ["1"]
     assert hosting.call("POST", "/v1/models/bad:predict", ROW)[0] == 404
+
+
+def answers(client: ssl.SSLSocket, requests: bytes, count: int) -> list[bytes]:
+    """The status of each answer; none where the server hangs up."""
+    data = b""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        client.sendall(requests)
+        while data.count(b"HTTP/1.1 ") < count and (more := client.recv(1 << 16)):
+            data += more
+    return [part.split()[0] for part in data.split(b"HTTP/1.1 ")[1:]]
+
+
+def test_certificates_of_clients_their_rate_and_the_bound_of_queues(tmp_path: Path, digits_bundle: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    for name in ("localhost", "lee"):
+        authority.issue_cert(name, common_name=name).private_key_and_cert_chain_pem.write_to_path(
+            str(tmp_path / f"{name}.pem")
+        )
+    hosting = Hosting(
+        tls_cert=str(tmp_path / "localhost.pem"), tls_client_ca=str(tmp_path / "ca.pem"), queue_s=1e-9,
+        limits=HttpLimits(client_rate=0.01, client_burst=2), access_log=str(tmp_path / "access.jsonl"),
+    )  # fmt: skip
+    assert hosting.apply(model_of(digits_bundle, "one"))["one"].error is None
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    body = json.dumps(ROW).encode()
+    request = (
+        b"POST /v1/models/one:predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    raw = partial(socket.create_connection, ("127.0.0.1", hosting.port), timeout=10)
+    try:
+        with context.wrap_socket(raw(), server_hostname="localhost") as nobody:
+            assert answers(nobody, request, 1) == []
+        context.load_cert_chain(str(tmp_path / "lee.pem"))
+        with context.wrap_socket(raw(), server_hostname="localhost") as lee:
+            statuses = [answers(lee, request * 3, 3), answers(lee, request, 1), answers(lee, request, 1)]
+    finally:
+        assert hosting.process.stop() == 0
+    assert statuses == [[b"200", b"503", b"503"], [b"200"], [b"429"]]  # two would wait; the third is one too many
+    lines = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]
+    assert [line["client"].partition(",")[0] for line in lines] == ["CN=lee"] * 5
 
 
 PARENT = """

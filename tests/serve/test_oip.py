@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from millrace.core.errors import InputError
 from millrace.formats.session import open_session
+from millrace.formats.signature import Signature, TensorSpec
+from millrace.serve.oip import Codec
 
 pytestmark = pytest.mark.usefixtures("digits")
 
@@ -97,6 +100,11 @@ def test_what_is_not_there(digits: Any, method: str, path: str, status: int) -> 
     assert value["error"]
 
 
+def test_statistics_say_how_the_breaker_stands(digits: Any) -> None:
+    (model,) = digits.call("GET", "/v2/models/digits/stats")[1]["model_stats"]
+    assert model["millrace"]["breaker"] == {"is_open": False, "failures": 0, "opened": 0}
+
+
 def test_head_has_no_body(digits: Any) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", digits.port, timeout=20)
     for _ in range(2):  # the connection stays usable
@@ -158,6 +166,22 @@ def test_binary_both_ways(digits: Any, offline: Any, rows: int) -> None:
         assert answer["outputs"][0]["parameters"]["binary_data_size"] == rows * 40
         values = np.frombuffer(data[length:], np.float32).reshape(rows, 10)
         np.testing.assert_allclose(values, offline(pixels), rtol=1e-5, atol=1e-7)
+
+
+def test_no_rows_are_answered_with_none_and_the_model_is_not_asked(digits: Any) -> None:
+    def executions() -> int:
+        return digits.call("GET", "/v2/models/digits/stats")[1]["model_stats"][0]["execution_count"]
+
+    before = executions()
+    for _ in range(2):  # the second time its head is known
+        assert digits.call("POST", "/v2/models/digits/infer", infer_body(pixels_of(0)))[1]["outputs"] == [
+            {"name": "probabilities", "datatype": "FP32", "shape": [0, 10], "data": []}
+        ]
+        body, headers = binary_request(pixels_of(0), parameters={"binary_data_output": True})
+        response, data = post_raw(digits.port, "/v2/models/digits/infer", body, headers)
+        assert (response.status, response.headers["Inference-Header-Content-Length"]) == (200, str(len(data)))
+        assert json.loads(data)["outputs"][0]["shape"] == [0, 10]
+    assert executions() == before
 
 
 def test_binary_in_json_out_and_the_reverse(digits: Any, offline: Any) -> None:
@@ -232,3 +256,47 @@ def test_texts_and_missing_numbers(table: Any) -> None:
     headers = {"Inference-Header-Content-Length": str(len(head))}
     _, data = post_raw(table.port, path, head + texts + numbers.tobytes(), headers)
     assert json.loads(data)["outputs"][0]["data"] == [13.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "body", "found"),
+    [
+        (TensorSpec(name="x", dtype="string", shape=[-1, 1]), "grüß".encode(), [["grüß"]]),
+        (TensorSpec(name="x", dtype="string", shape=[-1]), b"", [""]),
+        (TensorSpec(name="x", dtype="string", shape=[-1, 2]), b"ab", "a raw binary request has one text"),
+        (TensorSpec(name="x", dtype="float32", shape=[-1, -1]), b"abcd", "cannot be told from 4 bytes alone"),
+        (TensorSpec(name="x", dtype="float32", shape=[-1, 2]), b"abcd", "want a multiple of 8 bytes, got 4"),
+    ],
+)
+def test_what_a_body_without_json_means(spec: TensorSpec, body: bytes, found: Any) -> None:
+    value = TensorSpec(name="y", dtype="float32", shape=[-1, 1])
+    codec = Codec("m", "1", Signature(task="regression", inputs=[spec], outputs=[value], label="y"))
+    if isinstance(found, str):
+        with pytest.raises(InputError, match=found):
+            codec.decode(body, 0)
+    else:
+        tensors = codec.decode(body, 0).tensors
+        assert tensors is not None
+        assert tensors["x"].tolist() == found
+
+
+def test_lists_may_be_nested_deeply_but_not_without_end() -> None:
+    spec = TensorSpec(name="x", dtype="int64", shape=[-1, 1])
+    codec = Codec("m", "1", Signature(task="regression", inputs=[spec], outputs=[spec], label="y"))
+
+    def nested(depth: int) -> bytes:
+        data = "[" * depth + "7" + "]" * depth
+        return b'{"inputs":[{"name":"x","shape":[1,1],"datatype":"INT64","data":%s}]}' % data.encode()
+
+    tensors = codec.decode(nested(50), None).tensors
+    assert tensors is not None
+    assert tensors["x"].tolist() == [[7]]
+    for depth in (120, 5000):  # the second: a JSON parser's own limit
+        with pytest.raises(InputError, match=r"nested more than 100 deep|not JSON"):
+            codec.decode(nested(depth), None)
+
+
+def test_an_output_is_asked_for_once(digits: Any) -> None:
+    twice = infer_body(pixels_of(1), outputs=[{"name": "probabilities"}, {"name": "probabilities"}])
+    status, value = digits.call("POST", "/v2/models/digits/infer", twice)
+    assert (status, value["error"]) == (400, "output 'probabilities': asked for twice")

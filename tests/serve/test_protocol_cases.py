@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grpc
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from millrace.serve.tensors import DATATYPES, to_bytes
 MODEL = "echo"
 # one endpoint has one signature, which wants all of its inputs: a model for each dtype would be many servers
 SPECS = [TensorSpec(name=f"x_{dtype}", dtype=dtype, shape=[-1, -1]) for dtype in DATATYPES]  # type: ignore[arg-type]
+HELD = {"bfloat16": "float32"}  # numpy has no such dtype
 SIGNATURE = Signature(
     task="regression", inputs=SPECS, label="y",
     outputs=[TensorSpec(name=spec.name.replace("x_", "y_"), dtype=spec.dtype, shape=spec.shape) for spec in SPECS],
@@ -83,8 +85,16 @@ def decoded(output: Mapping[str, Any], data: bytes | None) -> np.ndarray:
             position += 4 + size
         return np.array(texts, dtype=object).reshape(output["shape"])
     if data is None:
-        return np.array(output["data"], dtype=dtype).reshape(output["shape"])
+        return np.array(output["data"], dtype=HELD.get(dtype, dtype)).reshape(output["shape"])
+    if dtype == "bfloat16":
+        return np.frombuffer(data, dtype=ml_dtypes.bfloat16).astype(np.float32).reshape(output["shape"])
     return np.frombuffer(data, dtype=dtype).reshape(output["shape"])
+
+
+def blob_of(tensor: Tensor) -> bytes:
+    if tensor.datatype == "BF16":
+        return tensor.values.astype(ml_dtypes.bfloat16).tobytes()
+    return to_bytes(tensor.values)
 
 
 def post(port: int, body: bytes, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
@@ -107,7 +117,7 @@ def over_json(server: ServerProcess, tensors: list[Tensor], **extra: Any) -> Rep
 
 
 def over_binary(server: ServerProcess, tensors: list[Tensor], **extra: Any) -> Reply:
-    blobs = [to_bytes(one.values) for one in tensors]
+    blobs = [blob_of(one) for one in tensors]
     inputs = [{**one.described, "parameters": {"binary_data_size": len(blob)}}
               for one, blob in zip(tensors, blobs, strict=True)]  # fmt: skip
     extra["parameters"] = {"binary_data_output": True, **extra.get("parameters", {})}
@@ -141,7 +151,7 @@ def over_grpc(server: ServerProcess, tensors: list[Tensor], **extra: Any) -> Rep
     request = message_type("ModelInferRequest")(model_name=MODEL, id=extra.get("id", ""))
     for one in tensors:
         request.inputs.add(**one.described)
-        request.raw_input_contents.append(to_bytes(one.values))
+        request.raw_input_contents.append(blob_of(one))
     for one in extra.get("outputs", []):
         request.outputs.add(name=one["name"])
     for key, value in extra.get("parameters", {}).items():
@@ -184,12 +194,14 @@ def extremes(dtype: str, columns: int) -> np.ndarray:
         return np.array(["", "é", "x" * 300, '"\\\n', "0"][:columns] * 2, dtype=object).reshape(2, columns)
     if dtype == "bool":
         return np.array([True, False, True, True, False][:columns] * 2, dtype=bool).reshape(2, columns)
+    if dtype == "bfloat16":  # with 1/3, rounded to what it holds
+        return np.array([-3.3895314e38, 3.3895314e38, 0, 1, 0.33398438][:columns] * 2, np.float32).reshape(2, columns)
     info: Any = np.finfo(dtype) if dtype.startswith("float") else np.iinfo(dtype)
     return np.array([info.min, info.max, 0, 1, 7][:columns] * 2, dtype=dtype).reshape(2, columns)
 
 
 def whole(columns: int = 5, rows: int = 2) -> list[Tensor]:
-    return [Tensor(spec.name, extremes(spec.dtype, columns)[:rows]) for spec in SPECS]
+    return [Tensor(spec.name, extremes(spec.dtype, columns)[:rows], datatype=DATATYPES[spec.dtype]) for spec in SPECS]
 
 
 def check(reply: Reply, tensors: list[Tensor]) -> None:
@@ -212,6 +224,34 @@ def test_rows_that_differ_are_told_apart(ask: Any) -> None:
     check(ask(tensors), tensors)
 
 
+def test_no_rows_are_answered_with_none(ask: Any) -> None:
+    reply = ask(whole(rows=0), id="r-0")
+    assert (reply.status, reply.error, reply.id) == (200, "", "r-0")
+    for spec in SIGNATURE.outputs:
+        assert reply.outputs[spec.name].shape == (0, 0)  # its width would depend on the rows
+        assert reply.outputs[spec.name].dtype == HELD.get(spec.dtype, "O" if spec.dtype == "string" else spec.dtype)
+
+
+def test_bfloat16_is_rounded_where_it_comes_as_numbers(server: ServerProcess) -> None:
+    tensors = replaced("x_bfloat16", Tensor("x_bfloat16", np.full((2, 1), 1 / 3, np.float32), datatype="BF16"))
+    assert over_json(server, tensors).outputs["y_bfloat16"].tolist() == [[0.333984375]] * 2
+    huge = replaced("x_bfloat16", Tensor("x_bfloat16", np.full((2, 1), 3.4e38, np.float32), datatype="BF16"))
+    assert "BF16 cannot hold" in over_json(server, huge).error
+
+
+@pytest.mark.parametrize(("dtype", "datatype"), [("float16", "FP16"), ("bfloat16", "BF16")])
+def test_what_has_no_typed_contents_says_how_to_send_it(server: ServerProcess, dtype: str, datatype: str) -> None:
+    from millrace.serve.grpc.messages import message_type
+
+    request = message_type("ModelInferRequest")(model_name=MODEL)
+    request.inputs.add(name=f"x_{dtype}", datatype=datatype, shape=[1, 1]).contents.fp32_contents.append(1.0)
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request.SerializeToString())
+    assert f"'x_{dtype}': {datatype} has no typed contents: want raw_input_contents" in caught.value.details()
+
+
 def test_id_outputs_and_parameters_that_nobody_knows(ask: Any) -> None:
     reply = ask(whole(), id="r-1", outputs=[{"name": "y_int64"}], parameters={"unknown": "x", "priority": 3})
     assert (reply.id, list(reply.outputs)) == ("r-1", ["y_int64"])
@@ -231,7 +271,10 @@ CASES: dict[str, tuple[list[Tensor], dict[str, Any], int, str]] = {
     "negative dimension": (replaced("x_float32", Tensor("x_float32", NUMBER, [-2, 5])), {}, 400, "'x_float32'"),
     "huge dimension": (replaced("x_float32", Tensor("x_float32", NUMBER, [2, 1 << 62])), {}, 400, "more elements"),
     "fewer values": (replaced("x_float32", Tensor("x_float32", NUMBER, [2, 6])), {}, 400, "'x_float32': want"),
-    "no rows": (replaced("x_float32", Tensor("x_float32", NUMBER[:0])), {}, 400, "want at least one row"),
+    "rows fewer than none": (replaced("x_float32", Tensor("x_float32", NUMBER, [-1, 5])), {}, 400, "'x_float32'"),
+    "no rows beside some": (replaced("x_float32", Tensor("x_float32", NUMBER[:0])), {}, 400, "same number of rows"),
+    "bytes of another width": (
+        replaced("x_bfloat16", Tensor("x_bfloat16", NUMBER, [2, 6], datatype="BF16")), {}, 400, "'x_bfloat16': want"),
     "another number of rows": (replaced("x_float32", Tensor("x_float32", NUMBER[:1])), {}, 400, "same number of rows"),
     "too few dimensions": (replaced("x_float32", Tensor("x_float32", NUMBER, [10])), {}, 400, "want shape [-1, -1]"),
     "unknown output": (whole(), {"outputs": [{"name": "z"}]}, 400, "'z' is unknown"),

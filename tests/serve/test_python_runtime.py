@@ -310,6 +310,7 @@ def test_served_answers(live: Any) -> None:
     assert predict(live, [16, 1])[0] == 400
     status, body = live.call("GET", "/v2/models/sum")
     assert (status, body["inputs"]) == (200, [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}])
+    assert body["platform"] == "python"
 
 
 def test_the_guilty_request_alone_fails(live: Any, kit: ModuleType) -> None:

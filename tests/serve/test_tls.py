@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from millrace.serve.process import ServerProcess
 from millrace.serve.tls import read_tokens, server_context
 
 BODY = json.dumps({"instances": [[1.0] * 64]}).encode()
-SECRET = "0123456789abcdef0123"
+SECRET, ADMIN = "0123456789abcdef0123", "0123456789abcdef4567"
 
 
 def request(path: str = "/v1/models/digits:predict", body: bytes = BODY, token: str = "", close: bool = False) -> bytes:
@@ -38,11 +39,14 @@ class Site:
         for name, authority, who in (
             ("server", self.ca, "localhost"), ("client", self.ca, "lee@example.com"), ("other", other, "eve@example.com"),
         ):  # fmt: skip
-            authority.issue_cert(who).private_key_and_cert_chain_pem.write_to_path(str(folder / f"{name}.pem"))
+            authority.issue_cert(
+                who, common_name=name, organization_name="A, B"
+            ).private_key_and_cert_chain_pem.write_to_path(str(folder / f"{name}.pem"))
         self.folder = folder
         self.process = ServerProcess(
             kit.child_config(
                 bundle, host="0.0.0.0", tls_cert=str(folder / "server.pem"), tls_client_ca=str(folder / "ca.pem"),
+                access_log=str(folder / "access.jsonl"),
             )
         )  # fmt: skip
         self.port = self.process.wait_ready()
@@ -175,7 +179,7 @@ def test_plain_http_is_no_tls(site: Site) -> None:
 
 
 def test_with_tokens(tmp_path: Path, digits_bundle: Path, kit: ModuleType, site: Site) -> None:
-    (tmp_path / "tokens").write_text(f"# of the shop\n{SECRET}\n")
+    (tmp_path / "tokens").write_text(f"# of the shop\n{SECRET}\n{ADMIN} admin\n")
     process = ServerProcess(
         kit.child_config(
             digits_bundle, host="0.0.0.0", tls_cert=str(site.folder / "server.pem"),
@@ -184,13 +188,34 @@ def test_with_tokens(tmp_path: Path, digits_bundle: Path, kit: ModuleType, site:
     )  # fmt: skip
     port = process.wait_ready()
     try:
-        for token, status in ((SECRET, b"200"), ("", b"401"), (SECRET + "1", b"401")):
+        models = "/v2/repository/models/digits"
+        for path, token, status in (
+            ("", SECRET, b"200"), ("", ADMIN, b"200"), ("", "", b"401"), ("", SECRET + "1", b"401"),
+            (f"{models}/load", SECRET, b"403"), (f"{models}/unload", SECRET, b"403"),
+            (f"{models}/%6coad", SECRET, b"403"), (f"{models}/load", ADMIN, b"200"), (f"{models}/unload", ADMIN, b"409"),
+        ):  # fmt: skip
             raw = socket.create_connection(("127.0.0.1", port), timeout=10)
             with site.context("").wrap_socket(raw, server_hostname="localhost") as client:
-                client.sendall(request(token=token, close=True))
+                client.sendall(request(*[path] * bool(path), token=token, close=True))
                 assert client.recv(1 << 16).split()[1] == status
     finally:
         assert process.stop() == 0
+
+
+def test_the_access_log_names_whose_certificate_it_was(site: Site) -> None:
+    with site.connect() as client:
+        client.sendall(request("/v1/models/digits:predict?certified", close=True))
+        assert client.recv(1 << 16).split()[1] == b"200"
+    deadline = time.monotonic() + 10
+    while not (
+        lines := [line for line in (site.folder / "access.jsonl").read_text().splitlines() if "certified" in line]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    line = json.loads(lines[0])
+    assert line["client"].startswith("CN=client,OU=")
+    assert line["client"].endswith("O=A\\, B")
+    assert (line["address"], line["status"]) == ("127.0.0.1", 200)
 
 
 @pytest.mark.parametrize("given", [{}, {"tls_cert": "x"}, {"token_file": "x"}, {"tls_client_ca": "x"}])
@@ -207,7 +232,12 @@ def test_what_cannot_be_used_is_said(tmp_path: Path, site: Site) -> None:
         server_context(str(tmp_path / "none.pem"))
     with pytest.raises(InputError, match=r"authority .* cannot be used"):
         server_context(str(site.folder / "server.pem"), client_ca=str(tmp_path / "none.pem"))
-    for text, what in (("", "holds no token"), ("# none\n", "holds no token"), ("short\n", "line 1: want")):
+    for text, what in (
+        ("", "holds no token"),
+        ("# none\n", "holds no token"),
+        ("short\n", "line 1: want"),
+        ("# one\nshort admin\n", "line 2: want"),
+    ):
         (tmp_path / "tokens").write_text(text)
         with pytest.raises(InputError, match=what):
             read_tokens(str(tmp_path / "tokens"))

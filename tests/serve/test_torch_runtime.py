@@ -88,6 +88,7 @@ def test_answers_are_pytorch_s(live: tuple[Any, dict[str, Any]]) -> None:
     labels = ["abc"[index] for index in expected(weights, pixels).argmax(axis=1)]
     assert [row["label"] for row in answer["predictions"]] == labels
     assert server.call("POST", "/v1/models/net:predict", {"instances": [[1, 2]]})[0] == 400
+    assert server.call("GET", "/v2/models/net")[1]["platform"] == "pytorch_safetensors"
 
 
 class Bomb:

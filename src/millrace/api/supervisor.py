@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
+import msgspec
 import uvicorn
 
 import millrace
@@ -29,6 +30,7 @@ from millrace.api.app import build_app
 from millrace.api.connections import connections
 from millrace.control.deployments import Reconciler
 from millrace.control.dispatch import Dispatcher
+from millrace.control.endpoints import sections_of
 from millrace.control.loop import Loop
 from millrace.control.tokens import first_tokens
 from millrace.core import server_file
@@ -45,6 +47,8 @@ from millrace.core.errors import (
 from millrace.core.server_file import ServerFile
 from millrace.core.types import Struct
 from millrace.serve.hosting import HostConfig
+from millrace.serve.service import HttpLimits
+from millrace.serve.tls import server_context
 from millrace.store.leases import host_id, process_start
 
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -64,12 +68,16 @@ class UpConfig(Struct, frozen=True, kw_only=True):
     port: int = 7070
     serve_port: int = 0  # of the endpoints; 0 takes a free one
     grpc_port: int | None = None  # of the endpoints over gRPC; None: not spoken
+    serving_processes: int = 1  # of the endpoints that have none of their own
     workers: int = 1
     tls_cert: str = ""
     tls_key: str = ""
     names: tuple[str, ...] = ()  # host names that clients call it by, besides `host`
     proxies: tuple[str, ...] = ()  # networks of proxies that end TLS
     access_log: str = ""  # of the endpoints
+    tls_client_ca: str = ""  # of whom a client of an endpoint must bring a certificate
+    client_rate: float | None = None  # of one client of the endpoints, in requests per second; None: as the spec says
+    queue_s: float | None = None  # of each endpoint; None: as the spec says
     trace: float = 0.0  # share of their requests for which a trace begins
 
     @property
@@ -210,8 +218,9 @@ class Supervisor:
 
     def _run_loop(self) -> None:
         dispatcher = self._open()
-        reconciler = Reconciler(dispatcher.services, self._place())
+        reconciler = Reconciler(dispatcher.services, place_of(self._config), self._config.serving_processes)
         loop = Loop(dispatcher.services, [reconciler])
+        reconciler.news.wake = loop.wake
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.stop())
         try:
@@ -219,21 +228,6 @@ class Supervisor:
         finally:
             reconciler.close()
             dispatcher.close()
-
-    def _place(self) -> HostConfig:
-        """Endpoints are where the server is: on loopback open, elsewhere with its certificate and for tokens alone."""
-        config = self._config
-        if not config.wants_token:
-            return HostConfig(
-                port=config.serve_port, grpc_port=config.grpc_port, access_log=config.access_log,
-                trace_share=config.trace,
-            )  # fmt: skip
-        return HostConfig(
-            host=config.host, port=config.serve_port, grpc_port=config.grpc_port, wants_token=True,
-            allowed_hosts=[config.host, *config.names] if config.proxies else [*config.names, config.host],
-            tls_cert=config.tls_cert, tls_key=config.tls_key, proxies=list(check_networks(config.proxies)),
-            access_log=config.access_log, trace_share=config.trace,
-        )  # fmt: skip
 
     def _run_api(self, listener: socket.socket) -> None:
         _reserve_metrics(self._metrics)
@@ -301,6 +295,29 @@ def _url(config: UpConfig, port: int) -> str:
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
+def place_of(config: UpConfig) -> HostConfig:
+    """Where endpoints are: on loopback open, elsewhere with the server's certificate and for tokens alone.
+
+    With an authority for clients they are everywhere only for whom it knows.
+    """
+    serve, _ = sections_of(Path(config.home))
+    rate = serve.client_rate if config.client_rate is None else config.client_rate
+    place = HostConfig(
+        port=config.serve_port, grpc_port=config.grpc_port, limits=HttpLimits(client_rate=rate),
+        queue_s=config.queue_s or 0.0, access_log=config.access_log, trace_share=config.trace,
+    )  # fmt: skip
+    if config.wants_token or config.tls_client_ca:
+        place = msgspec.structs.replace(
+            place, tls_cert=config.tls_cert, tls_key=config.tls_key, tls_client_ca=config.tls_client_ca
+        )
+    if not config.wants_token:
+        return place
+    return msgspec.structs.replace(
+        place, host=config.host, wants_token=True, proxies=list(check_networks(config.proxies)),
+        allowed_hosts=[config.host, *config.names] if config.proxies else [*config.names, config.host],
+    )  # fmt: skip
+
+
 def check_tls(config: UpConfig) -> None:
     """Refuse what would show tokens to the network, and a certificate that does not work.
 
@@ -309,6 +326,11 @@ def check_tls(config: UpConfig) -> None:
         InputError: The certificate or its key cannot be read, or they are no pair.
     """
     check_networks(config.proxies)
+    if config.serving_processes > 1 and config.grpc_port is not None:
+        raise InputError(
+            f"gRPC wants one serving process, got {config.serving_processes}",
+            hint="leave out --serving-processes, or --grpc-port",
+        )
     if config.wants_token and not config.tls_cert and not config.proxies:
         raise DeniedError(
             f"{config.host} can be reached by others: tokens must not travel in the open",
@@ -326,6 +348,11 @@ def check_tls(config: UpConfig) -> None:
         raise InputError(
             f"{config.host} is every address of this machine: which name do clients use?", hint="--name HOST"
         )
+    if config.tls_client_ca and not config.tls_cert:
+        raise InputError(
+            "an authority for clients was given without a certificate of the server",
+            hint="add --tls-cert FILE; a proxy that ends TLS asks for certificates itself",
+        )
     if not config.tls_cert:
         return
     try:
@@ -336,6 +363,7 @@ def check_tls(config: UpConfig) -> None:
             f"the certificate {config.tls_cert} with the key {config.tls_key or 'in it'} cannot be used: {why}",
             hint="want PEM files that belong together: --tls-cert FILE --tls-key FILE",
         ) from None
+    server_context(config.tls_cert, config.tls_key, config.tls_client_ca)  # the authority
 
 
 def bind(config: UpConfig) -> socket.socket:

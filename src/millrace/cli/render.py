@@ -179,10 +179,18 @@ def _print_moves(aliases: list[Any]) -> None:
 def render_endpoints(endpoints: list[Any]) -> None:
     """Endpoints."""
     rows = [
-        [one.name, one.state, f"{one.model}@{one.number}", one.variant or "chosen", one.url or "-", one.text]
-        for one in endpoints
-    ]
-    print_table(["ENDPOINT", "STATE", "MODEL", "VARIANT", "URL", "WHY"], rows)
+        [one.name, one.state, f"{one.model}@{one.number}", one.variant or "chosen", _replicas(one), one.url or "-",
+         one.text] for one in endpoints
+    ]  # fmt: skip
+    print_table(["ENDPOINT", "STATE", "MODEL", "VARIANT", "REPLICAS", "URL", "WHY"], rows)
+
+
+def _replicas(endpoint: Any) -> str:
+    """How many serve now, and how few and how many there may be."""
+    if not endpoint.is_managed:
+        return "-"
+    least, most = endpoint.min_replicas, endpoint.max_replicas
+    return str(endpoint.replicas) if (least, most) == (1, 1) else f"{endpoint.replicas}/{least}..{most}"
 
 
 def render_endpoint(endpoint: Any) -> None:

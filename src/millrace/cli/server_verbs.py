@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,30 @@ from millrace.core import extras
 from millrace.core.errors import StageError, UnavailableError
 
 DEPLOY_TIMEOUT_S = 60.0
+MAX_REPLICAS = 64
+
+
+class Replicas(click.ParamType):
+    """`2`, or `0..4`: the least and the most.
+
+    Example:
+        >>> Replicas().convert("0..4", None, None)
+        (0, 4)
+    """
+
+    name = "N or N..M"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """The two numbers."""
+        found = re.fullmatch(r"(\d{1,3})(?:\.\.(\d{1,3}))?", str(value))
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not 0 <= least <= most or not 1 <= most <= MAX_REPLICAS:
+            self.fail(
+                f"want N or N..M, the least not above the most, the most from 1 to {MAX_REPLICAS}; got {value!r}"
+                " (such as 2, or 0..4)",
+                param, ctx,
+            )  # fmt: skip
+        return least, most
 
 
 @click.command(short_help="Serve this home to a team: API, MLflow clients, pages, endpoints.")
@@ -32,9 +57,16 @@ DEPLOY_TIMEOUT_S = 60.0
     help="Of deployed endpoints; 0: a free one.",
 )
 @click.option("--grpc-port", type=click.IntRange(1, 65535), help="Of deployed endpoints over gRPC, if any.")
+@click.option(
+    "--serving-processes", type=click.IntRange(1, 64), default=1, show_default=True,
+    help="That share the endpoints which have none of their own.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="API processes.")
 @click.option("--tls-cert", default="", metavar="FILE", help="The server's certificate (PEM): it speaks HTTPS then.")
 @click.option("--tls-key", default="", metavar="FILE", help="Its private key, where that is not in the same file.")
+@click.option(
+    "--tls-client-ca", default="", metavar="FILE", help="Clients of endpoints must bring a certificate of it."
+)
 @click.option(
     "--tls-terminated-by-proxy",
     "proxies",
@@ -42,6 +74,13 @@ DEPLOY_TIMEOUT_S = 60.0
     metavar="NETWORK",
     help="A proxy at this address or in this network speaks HTTPS; nobody else is answered. May be repeated.",
 )
+@click.option(
+    "--client-rate", type=click.FloatRange(min=0), metavar="N", help="Requests of one client per second; 0: any number."
+)
+@click.option(
+    "--queue-s", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="Nobody is let in behind so many predicted seconds of work.",
+)  # fmt: skip
 @click.option("--access-log", default="", metavar="FILE", help="A line of JSON for each request of an endpoint.")
 @click.option(
     "--trace", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE", help="Begin a trace for this share of them."
@@ -80,19 +119,27 @@ def up(session: Session, as_json: bool, **options: Any) -> None:
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="Of one call; 0, the default: by measuring.")
 @click.option("--slo-p99-ms", type=float, metavar="MS", help="Of 100 requests 99 within that: batches take half of it.")
 @click.option("--isolate", is_flag=True, help="A serving process of its own.")
+@click.option(
+    "--replicas", type=Replicas(), default="1", show_default=True,
+    help="Processes of its own: how many, or how few and how many as load needs; 0: none while nobody asks.",
+)  # fmt: skip
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is ready.")
 @json_option
 @click.pass_obj
-def deploy(session: Session, model: str, wait: bool, as_json: bool, **options: Any) -> None:
+def deploy(
+    session: Session, model: str, replicas: tuple[int, int], wait: bool, as_json: bool, **options: Any
+) -> None:  # fmt: skip
     """Keep a model served; with an alias the endpoint follows it when it moves.
 
     \b
     Examples:
       millrace deploy digits@champion --endpoint digits
       millrace deploy digits@2 --endpoint shadow --isolate
+      millrace deploy digits@champion --endpoint digits --replicas 0..4
     """
     session.as_json = as_json
-    endpoint = session.call("endpoint.deploy", model=model, **options)
+    least, most = replicas
+    endpoint = session.call("endpoint.deploy", model=model, min_replicas=least, max_replicas=most, **options)
     if wait:
         endpoint = _wait_until_served(session, endpoint.name)
     if endpoint.state == "failed":

@@ -232,6 +232,13 @@ def compress(session: Session, path: str, as_json: bool, **options: Any) -> None
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="Clients call the server by this name too.")
 @click.option("--threads", type=click.IntRange(0, 256), help="Of one call; 0, the default: found out by measuring.")
 @click.option("--slo-p99-ms", type=float, metavar="MS", help="Of 100 requests 99 within that: batches take half of it.")
+@click.option(
+    "--client-rate", type=click.FloatRange(min=0), metavar="N", help="Requests of one client per second; 0: any number."
+)
+@click.option(
+    "--queue-s", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="Nobody is let in behind so many predicted seconds of work.",
+)  # fmt: skip
 @click.option("--explain", is_flag=True, help="Say how the model is called best on this machine, and exit.")
 @click.option("--variant", help="Default: the variant that the version chose.")
 @click.option("--name", help="Of the endpoint, for one path. Default: from the class, the folder, the ensemble.")
@@ -258,7 +265,7 @@ def serve(session: Session, models: tuple[str, ...], as_json: bool, **options: A
       millrace serve service.py:Fraud --name fraud
       millrace serve --all --memory-budget 2GB
       millrace serve digits --capture 0.01 --access-log requests.jsonl
-      millrace serve digits --slo-p99-ms 50
+      millrace serve digits --slo-p99-ms 50 --queue-s 0.2 --client-rate 100
       millrace serve digits --explain
       millrace serve digits --host 0.0.0.0 --tls-cert server.pem --tls-client-ca clients.pem
     """

@@ -92,23 +92,23 @@ class Canary:
         self._threshold = msgspec.convert(stored, Threshold) if stored else None
         self._learnt: Counter[int] = Counter()
         self._mirrored: dict[str, float] = {**rollout.facts.get("mirrored", {})}
-        self._largest = 0.0
+        self._largest: dict[int, float] = {}  # by process
         self._counters: dict[str, Counter[str]] = {self._base: Counter(), self.label: Counter()}
         self._bins: dict[str, Counter[int]] = {self._base: Counter(), self.label: Counter()}
         self._looked_at = self._saved_at = 0.0
         self._is_saved = True
 
-    def take(self, frame: TelemetryFrame) -> None:
-        """Add a frame; one of another version says nothing about the two."""
+    def take(self, frame: TelemetryFrame, process: int = 0) -> None:
+        """Add a frame of a process; one of another version says nothing about the two."""
         counters = self._counters.get(frame.version)
         if counters is None:
             return
         for name, value in frame.counters.items():
             if name in ("answered", "failed"):
                 counters[name] += int(value)
-            elif name == "mirrored_max_difference":  # of this process: its increments add up to the largest
-                self._largest += value
-                self._mirrored[name] = max(self._mirrored.get(name, 0.0), self._largest)
+            elif name == "mirrored_max_difference":  # of a process: its increments add up to the largest
+                self._largest[process] = self._largest.get(process, 0.0) + value
+                self._mirrored[name] = max(self._mirrored.get(name, 0.0), self._largest[process])
             elif name.startswith("mirrored_"):
                 self._mirrored[name] = self._mirrored.get(name, 0.0) + value
                 self._is_saved = self._is_saved and not value

@@ -14,135 +14,28 @@ import msgspec
 from millrace.control.authorisation import acting_as
 from millrace.control.callers import Callers
 from millrace.control.canaries import PRINCIPAL, Action, Canary, Facts, decide
-from millrace.control.dispatch import Dispatcher, handles
+from millrace.control.dispatch import Dispatcher
 from millrace.control.endpoints import calibrations_of, captures_of, sections_of, wanted_number
+from millrace.control.hosts import BACKOFF_S, SHARED, Host, News, Replica, Wanted, key_of
 from millrace.control.models import open_version, resolve_model
-from millrace.control.seen import seen
+from millrace.control.scaling import Bounds
 from millrace.control.services import Services
 from millrace.control.traffic import Traffic, added
 from millrace.control.watching import Watch
-from millrace.core.errors import (
-    ApprovalNeededError,
-    ConflictError,
-    InputError,
-    MillraceError,
-    NotFoundError,
-    UntrustedError,
-)
+from millrace.core.errors import ApprovalNeededError, ConflictError, MillraceError, UntrustedError
 from millrace.core.operations import live as ops
 from millrace.core.principals import Principal
-from millrace.core.refs import Ref
 from millrace.core.types import Endpoint, Lease, ModelVersion, Rollout
 from millrace.formats.bundle import open_bundle
-from millrace.serve.access import Denied
-from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
-from millrace.serve.listen import bind
+from millrace.serve.admission import QUEUE_S
+from millrace.serve.hosting import HostConfig, HostedModel, ModelState
 from millrace.serve.telemetry import TelemetryFrame
 from millrace.store.leases import check_fence
 
 WANTED, STARTING, READY, FAILED, STOPPED = "wanted", "starting", "ready", "failed", "stopped"
-BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-STEADY_S = 30.0
-PORT_WAIT_S = 15.0  # longer than a host drains
 RETRY_S = 5.0  # between looks at a version that cannot be served
-CRASHES_OF_A_LOOP = 5
-SHARED = ""  # the key of the process that hosts all endpoints but isolated ones
+AT_ZERO = "nobody has asked for a while: no replica runs, the next request starts one"
 log = logging.getLogger(__name__)
-
-
-@handles(ops.DEPLOY_ENDPOINT)
-def deploy_endpoint(services: Services, body: ops.DeployRequest) -> Endpoint:
-    """Write what is wanted; a server's loop serves it within a second."""
-    ref = Ref.parse(body.model, kind="model")
-    Ref.parse(body.endpoint, kind="endpoint")
-    version = resolve_model(services, body.model)
-    if version.format != "bundle":
-        raise InputError(
-            f"{version.name} v{version.number} is kept as it was logged and is never loaded",
-            hint="register an ONNX file: `millrace models register model.onnx`",
-        )
-    variant = body.variant or version.chosen_variant
-    bundle = open_bundle(
-        open_version(services, version), signature=None, verifier=None, expected_digest=version.bundle.digest
-    )
-    bundle.model_path(variant)
-    alias = ref.at if ref.number is None else None
-    with services.records.transaction() as transaction:
-        old = transaction.get(Endpoint, body.endpoint)
-        if old is not None and not old.is_managed and seen(services, old).state == READY:
-            raise ConflictError(
-                f"the endpoint {body.endpoint!r} is served by process {old.pid}",
-                hint="stop that `millrace serve`, or choose another name",
-            )
-        ended = old.rollout if old is not None else None
-        if ended is not None and ended.is_active:
-            ended = msgspec.structs.replace(
-                ended, state="aborted", reason="the endpoint was deployed anew", ended_at=services.clock.now()
-            )
-        return transaction.put(
-            Endpoint(
-                id=body.endpoint, project=version.project, name=body.endpoint, model=version.name,
-                created_at=old.created_at if old else 0.0,
-                alias=alias or (None if ref.number is not None else "champion"), number=version.number,
-                variant=body.variant or "", state=WANTED, is_managed=True, is_isolated=body.isolate,
-                threads=body.threads, slo_p99_ms=body.slo_p99_ms,
-                facts=old.facts if old else {}, url=old.url if old and old.is_managed else None,
-                rollout=ended,
-            )
-        )  # fmt: skip
-
-
-@handles(ops.DELETE_ENDPOINT)
-def delete_endpoint(services: Services, body: ops.NameRequest) -> Endpoint:
-    """Forget it; the loop stops serving it."""
-    with services.records.transaction() as transaction:
-        endpoint = transaction.get(Endpoint, body.name)
-        if endpoint is None:
-            raise NotFoundError(f"there is no endpoint {body.name!r} in {services.home}", hint="`millrace endpoints`")
-        if not endpoint.is_managed and seen(services, endpoint).state == READY:
-            raise ConflictError(f"the endpoint {body.name!r} is served by process {endpoint.pid}", hint="stop that one")
-        transaction.delete(Endpoint, body.name)
-    return endpoint
-
-
-class Host:
-    """A serving process with the endpoints that it hosts, restarted when it dies."""
-
-    def __init__(self, key: str, port: int) -> None:
-        self.key, self.port = key, port
-        self.process: HostProcess | None = None
-        self.applied: dict[str, list[HostedModel]] = {}
-        self.began = 0.0
-        self.crashes = 0
-        self.due_at = 0.0
-        self.waits_for_port_until = 0.0
-
-    @property
-    def is_in_crash_loop(self) -> bool:
-        """It died so often, so soon, that something is wrong with what it serves."""
-        return self.crashes >= CRASHES_OF_A_LOOP
-
-    def note_death(self) -> None:
-        """Plan the restart: later each time, as long as it keeps dying early."""
-        now = time.monotonic()
-        self.crashes = 1 if now - self.began > STEADY_S else self.crashes + 1
-        self.due_at = now + BACKOFF_S[min(self.crashes, len(BACKOFF_S) - 1)]
-        self.process, self.applied = None, {}
-
-    def waits_for_port(self, place: HostConfig) -> bool:
-        """Whether the port is still held by the process before, which drains; not for ever."""
-        if self.port == 0:
-            return False
-        try:
-            bind(place.host, self.port, is_guarded=place.wants_token).close()
-        except MillraceError:
-            now = time.monotonic()
-            self.waits_for_port_until = self.waits_for_port_until or now + PORT_WAIT_S
-            if now < self.waits_for_port_until:
-                self.due_at = now + 2 * BACKOFF_S[1]
-                return True
-        self.waits_for_port_until = 0.0
-        return False
 
 
 class Wish(NamedTuple):
@@ -162,18 +55,19 @@ class Reconciler:
         services: The home.
         place: Where processes listen, and whether they want tokens. Its port is the shared process's; 0 takes
             that of the server before, or a free one, and keeps it. Clients use the first of the allowed hosts.
+        processes: How many host the endpoints that are not isolated.
     """
 
-    def __init__(self, services: Services, place: HostConfig | None = None) -> None:
-        self._services, self._place = services, place or HostConfig()
+    def __init__(self, services: Services, place: HostConfig | None = None, processes: int = 1) -> None:
+        self._services, self._place, self._processes = services, place or HostConfig(), processes
+        self.news = News()
         self._callers = Callers(services)
-        self._denied: queue.Queue[Denied] = queue.Queue()
         self._lease: Lease | None = None
-        self._hosts: dict[str, Host] = {SHARED: Host(SHARED, self._place.port)}
+        self._hosts: dict[str, Host] = {SHARED: Host(SHARED, self._place.port, self._place, self.news)}
+        self._bounds: dict[str, Bounds] = {}  # of isolated endpoints
+        self._ready: set[Replica] = set()  # those that know whom to answer
         self._watches: dict[str, Watch] = {}
         self._traffic = Traffic(self._count)
-        self._frames: queue.Queue[tuple[str, TelemetryFrame]] = queue.Queue()
-        self._states: queue.Queue[tuple[str, ModelState]] = queue.Queue()
         self._models: dict[str, tuple[Wish, ModelVersion, HostedModel]] = {}
         self._refused: dict[str, tuple[Wish, float]] = {}  # what cannot be served, and when to try it again
         self._proofs: dict[str, bytes] = {}  # signatures of served versions, by their id
@@ -181,6 +75,7 @@ class Reconciler:
         self._candidates: dict[str, tuple[str, ModelVersion, HostedModel]] = {}  # with the id of their rollout
         self._rollouts = Dispatcher(services)
         self._mended: set[str] = set()  # these want again what is served
+        self._written: set[str] = set()  # in this round: what was read of them at its begin is old
 
     def __call__(self, lease: Lease) -> None:
         """One round."""
@@ -188,24 +83,27 @@ class Reconciler:
         if self._lease is None or self._lease.token != lease.token:
             self._lease = lease
             self._take_over(endpoints)
+        self._written.clear()
         self._forget_all_but({endpoint.name for endpoint in endpoints})
         wanted: dict[str, dict[str, list[HostedModel]]] = {SHARED: {}}
         for endpoint in endpoints:
             model = self._model_of(endpoint)
             if model is not None:
-                key = endpoint.name if endpoint.is_isolated else SHARED
-                wanted.setdefault(key, {})[endpoint.name] = self._revisions_of(endpoint, model)
+                wanted.setdefault(key_of(endpoint), {})[endpoint.name] = self._revisions_of(endpoint, model)
         fresh = {endpoint.name for endpoint in endpoints if endpoint.state in (WANTED, STOPPED)} - self._refused.keys()
         fresh |= self._mended
         self._mended = set()
+        self._bounds = {one.name: self._bounds_of(one) for one in endpoints if one.is_isolated}
+        self._ready = {replica for host in self._hosts.values() for replica in host.ready}
+        if self._place.wants_token:  # before they are told what to serve
+            self._callers.tell([replica.process for replica in self._ready])
         for key in {*self._hosts, *wanted}:
-            self._keep(self._hosts.setdefault(key, Host(key, 0)), wanted.get(key, {}), fresh)
-        if self._place.wants_token:
-            self._callers.tell([host.process for host in self._hosts.values() if host.process is not None])
-        self._drain(self._denied, self._callers.record)
-        self._drain(self._states, self._take_state)
-        self._drain(self._frames, self._take_frame)
+            self._keep(self._host(key), wanted.get(key, {}), fresh)
+        self._drain(self.news.denied, self._callers.record)
+        self._drain(self.news.states, self._take_state)
+        self._drain(self.news.frames, self._take_frame)
         for endpoint in endpoints:
+            self._count_replicas(endpoint)
             if endpoint.name in self._canaries:
                 self._judge(endpoint)
         self._traffic.tick()
@@ -214,44 +112,45 @@ class Reconciler:
 
     def close(self) -> None:
         """Drain and stop every serving process, and say so."""
-        pids = self._stop_all()
-        if self._lease is None or not pids:
+        served = {name for host in self._hosts.values() for name in host.applied}
+        self._stop_all()
+        if self._lease is None or not served:
             return
-        self._drain(self._frames, self._take_frame)
+        self._drain(self.news.frames, self._take_frame)
         self._traffic.tick(is_last=True)
         for endpoint in self._services.records.find(Endpoint):
-            if endpoint.is_managed and endpoint.pid in pids:
-                self._write(endpoint.name, state=STOPPED, pid=None, text="the server was stopped")
+            if endpoint.is_managed and endpoint.name in served and (endpoint.pid or endpoint.state == READY):
+                self._write(endpoint.name, state=STOPPED, pid=None, replicas=0, text="the server was stopped")
 
     def step_down(self) -> None:
         """Drain and stop every serving process: another server's endpoints take their place."""
         self._stop_all()
         self._lease = None
 
-    def _stop_all(self) -> set[int]:
-        processes = [host.process for host in self._hosts.values() if host.process is not None]
-        for process in processes:  # all at once: each drains
-            process.terminate()
-        for process in processes:
-            process.stop()
+    def _stop_all(self) -> None:
+        leaving = [replica for host in self._hosts.values() for replica in host.stop()]  # all at once: each drains
+        for replica in leaving:
+            replica.finish()
         for host in self._hosts.values():
-            host.process, host.applied = None, {}
-        return {process.pid for process in processes}
+            host.forget()
 
     def _take_over(self, endpoints: list[Endpoint]) -> None:
         """What another leader served is not served any more; clients know its port, so it is taken again."""
-        own = {host.process.pid for host in self._hosts.values() if host.process is not None}
+        own = {replica.pid for host in self._hosts.values() for replica in host.replicas}
         for endpoint in endpoints:
-            if endpoint.pid in own:
+            host = self._host(key_of(endpoint))
+            if endpoint.pid in own or (endpoint.pid is None and endpoint.name in host.applied):
                 continue
-            host = self._hosts.setdefault(endpoint.name, Host(endpoint.name, 0)) if endpoint.is_isolated else (
-                self._hosts[SHARED]
-            )  # fmt: skip
             if endpoint.url is not None and host.port == 0:
                 host.port = urlsplit(endpoint.url).port or 0
             if endpoint.state == READY:
                 text = "the process that served it is gone; it is started again"
-                self._write(endpoint.name, state=STARTING, text=text, pid=None)
+                self._write(endpoint.name, state=STARTING, text=text, pid=None, replicas=0)
+
+    def _host(self, key: str) -> Host:
+        if key not in self._hosts:
+            self._hosts[key] = Host(key, 0, self._place, self.news)
+        return self._hosts[key]
 
     def _forget_all_but(self, names: set[str]) -> None:
         known: tuple[dict[str, Any], ...] = (
@@ -435,75 +334,83 @@ class Reconciler:
 
     # ------------------------------------------------------------------ served
 
-    def _keep(self, host: Host, wanted: dict[str, list[HostedModel]], fresh: set[str]) -> None:
-        """Start, restart, feed or stop one process. `fresh`: endpoints that were deployed since the last round."""
-        process = host.process
-        if process is not None and process.exit_code is not None:
-            log.warning("the serving process %s ended with %s", host.key or "of all endpoints", process.exit_code)
-            process.wait()
-            host.note_death()
+    def _keep(self, host: Host, wanted: Wanted, fresh: set[str]) -> None:
+        """Start, restart, feed or stop a group. `fresh`: endpoints that were deployed since the last round."""
+        ended = host.take_ended()
+        for replica in ended:
+            log.warning("a serving process of %s ended with %s", host.key or "all endpoints", replica.code)
             for name in wanted:
-                self._say_died(host, name)
-            if self._blame_candidates(wanted):
-                return  # the next round starts it without them
-            process = None
+                self._say_ended(host, name, replica)
+        if any(replica.error is None and replica.code != 0 for replica in ended) and self._blame_candidates(wanted):
+            return  # the next round starts it without them
         if not wanted:
-            if process is not None:
-                process.stop()
-                host.process, host.applied = None, {}
+            host.rest()
             return
-        if process is None:
-            is_due = time.monotonic() >= host.due_at or not fresh.isdisjoint(wanted)  # a new deployment may mend it
-            if not is_due or host.waits_for_port(self._place):
-                return
-            process = self._start(host, wanted)
-        if process is not None and (wanted != host.applied or fresh & {*wanted}):
-            for name in fresh & {*wanted}:
+        anew = fresh & {*wanted}
+        if anew:
+            host.hurry()
+        bounds = self._bounds.get(host.key) or Bounds(least=self._processes, most=self._processes)
+        host.resize(host.count(bounds, is_anew=bool(anew) or wanted != host.applied))
+        self._start(host, wanted, bounds)
+        known = [replica for replica in host.ready if replica in self._ready]
+        to_feed = [replica for replica in known if anew or replica.applied != wanted]
+        if to_feed:
+            for name in anew:
                 self._write(name, state=STARTING, text="")
-            process.apply([model for revisions in wanted.values() for model in revisions])
-            host.applied = dict(wanted)
+        for replica in to_feed:
+            host.feed(replica, wanted)
 
-    def _blame_candidates(self, wanted: dict[str, list[HostedModel]]) -> bool:
+    def _blame_candidates(self, wanted: Wanted) -> bool:
         """A process that dies may have died of a candidate: it does not get a second one. Whether there was one."""
         tried = [name for name, revisions in wanted.items() if len(revisions) > 1]
         for name in tried:
             self._canaries[name].error = "the serving process died while it was being tried"
         return bool(tried)
 
-    def _start(self, host: Host, wanted: dict[str, list[HostedModel]]) -> HostProcess | None:
-        host.began = time.monotonic()
+    def _start(self, host: Host, wanted: Wanted, bounds: Bounds) -> None:
+        """What is due. Who comes where others serve, or while connections are held, takes none before it can serve."""
+        is_group = bounds.most > 1 or bounds.least == 0
+        is_patient = any(host.serving(name) for name in wanted) or (is_group and host.key != SHARED)
         try:
-            process = HostProcess(
-                msgspec.structs.replace(
-                    self._place, port=host.port, grpc_port=self._place.grpc_port if host.key == SHARED else None
-                ),
-                on_frame=lambda name, frame: self._frames.put((name, frame)),
-                on_state=lambda state: self._states.put((host.key, state)),
-                on_denied=self._denied.put,
-            )
-            host.port = process.wait_ready()
+            host.start_due(is_group, is_patient)
         except (MillraceError, OSError) as error:
-            host.note_death()
             text = error.message if isinstance(error, MillraceError) else f"no process could be started: {error}"
-            for name in wanted:
-                self._write(name, state=FAILED, text=text, url=None, pid=None)
-            return None
-        host.process = process
-        return process
+            self._say_unserved(host, [*wanted], FAILED, text)
 
-    def _say_died(self, host: Host, name: str) -> None:
+    def _say_ended(self, host: Host, name: str, replica: Replica) -> None:
+        if replica.error is not None:
+            self._say_unserved(host, [name], FAILED, replica.error.message)
+            return
         text = "the serving process died; it is started again"
         if host.is_in_crash_loop:
             text = f"the serving process died {host.crashes} times in a row; tried again every {BACKOFF_S[-1]:.0f} s"
-        self._write(name, state=FAILED if host.is_in_crash_loop else STARTING, text=text, url=None, pid=None)
+        self._say_unserved(host, [name], FAILED if host.is_in_crash_loop else STARTING, text)
+
+    def _say_unserved(self, host: Host, names: list[str], state: str, text: str) -> None:
+        """Why endpoints are not served; where other replicas serve one it is."""
+        for name in names:
+            if serving := host.serving(name):
+                text = text if state == FAILED else ""
+                self._write(name, text=text, pid=serving[0].pid, replicas=len(serving))
+            else:
+                self._write(name, state=state, text=text, url=None, pid=None, replicas=0)
+
+    def _bounds_of(self, endpoint: Endpoint) -> Bounds:
+        known, setting = self._models.get(endpoint.name), self._services.setting
+        queue_s = self._place.queue_s or (known[2].queue_s if known is not None else 0.0)
+        return Bounds(
+            least=endpoint.min_replicas, most=endpoint.max_replicas, in_flight=setting("scale_in_flight"),
+            window_s=setting("scale_window_s"), down_s=setting("scale_down_s"), zero_s=setting("scale_to_zero_s"),
+            queue_s=queue_s or QUEUE_S,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ seen
 
-    def _take_state(self, item: tuple[str, ModelState]) -> None:
-        """A host has loaded a model, or not. What it says of a model that is wanted no longer is old news."""
-        key, state = item
-        host, known = self._hosts.get(key), self._models.get(state.endpoint)
-        if host is None or host.process is None or known is None:
+    def _take_state(self, item: tuple[Replica, ModelState]) -> None:
+        """A replica has loaded a model, or not. What it says of a model that is wanted no longer is old news."""
+        replica, state = item
+        host, known = self._hosts.get(replica.key), self._models.get(state.endpoint)
+        if host is None or replica not in host.ready or known is None:
             return
         canary = self._canaries.get(state.endpoint)
         if canary is not None and canary.label == state.version:
@@ -511,24 +418,48 @@ class Reconciler:
             canary.error = canary.error if state.error is None else state.error["message"]
         if known[2].version != state.version:
             return
-        where = {"url": self._url(host.port), "pid": host.process.pid}
+        replica.is_loading = False
+        if state.error is None:
+            replica.loaded[state.endpoint] = state.version
+        serving = host.serving(state.endpoint)
+        where = {
+            "url": self._url(host.port), "pid": serving[0].pid if serving else replica.pid, "replicas": len(serving),
+        }  # fmt: skip
         if state.endpoint in self._refused:  # the version before is served on
             self._write(state.endpoint, **where)
-        elif state.error is not None:
-            self._write(state.endpoint, state=FAILED, text=state.error["message"], url=None, pid=None)
-        else:
+        elif state.error is None:
             self._write(state.endpoint, state=READY, text="", number=known[1].number, **where)
+        elif any(one.loaded[state.endpoint] == state.version for one in serving):
+            self._write(state.endpoint, text=f"one of its replicas cannot serve: {state.error['message']}")
+        else:
+            self._write(state.endpoint, state=FAILED, text=state.error["message"], url=None, pid=None)
+
+    def _count_replicas(self, endpoint: Endpoint) -> None:
+        """Write how many serve, and which is the first, where that has changed since the round began."""
+        if endpoint.name in self._written:
+            return  # the next round does
+        host = self._hosts.get(key_of(endpoint))
+        serving = host.serving(endpoint.name) if host is not None else []
+        changes: dict[str, Any] = {"replicas": len(serving)}
+        if endpoint.state == READY:
+            changes["pid"] = serving[0].pid if serving else None
+            if host is not None and not host.slots and endpoint.name in host.applied:
+                changes["text"] = AT_ZERO
+        if any(getattr(endpoint, name) != value for name, value in changes.items()):
+            self._write(endpoint.name, **changes)
 
     def _url(self, port: int) -> str:
         name = self._place.allowed_hosts[0] if self._place.allowed_hosts else self._place.host
         scheme = "https" if self._place.tls_cert else "http"
         return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
-    def _take_frame(self, item: tuple[str, TelemetryFrame]) -> None:
-        name, frame = item
+    def _take_frame(self, item: tuple[Replica, str, TelemetryFrame]) -> None:
+        replica, name, frame = item
         self._traffic.take(name, frame)
+        if (host := self._hosts.get(replica.key)) is not None and host.scaler is not None:
+            host.meter.take(replica.pid, frame)
         if (canary := self._canaries.get(name)) is not None:
-            canary.take(frame)
+            canary.take(frame, replica.pid)
         watch, known = self._watches.get(name), self._models.get(name)
         if watch is not None and known is not None and frame.version == known[2].version:
             self._log(name, watch.take(frame))
@@ -545,6 +476,7 @@ class Reconciler:
 
     def _write(self, name: str, **changes: Any) -> None:
         assert self._lease is not None
+        self._written.add(name)
         with self._services.records.transaction() as transaction:
             check_fence(transaction, self._lease)
             endpoint = transaction.get(Endpoint, name)

@@ -22,6 +22,7 @@ from millrace.store.leases import LeaseKeeper, acquire, release
 LEADER = "leader"
 LEASE_TTL_S = 10.0
 TICK_S = 0.25
+WAKE_S = 0.02  # what wakes it seldom comes alone
 ADOPT_EVERY = 8  # ticks
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,16 @@ class Loop:
         self._backups = ScheduledBackups(services)
         self._heads = HeadSigner(services)
         self._stop = threading.Event()
+        self._awake = threading.Event()
 
     def stop(self) -> None:
         """End soon; from any thread or signal handler."""
         self._stop.set()
+        self._awake.set()
+
+    def wake(self) -> None:
+        """Begin the next round at once; from any thread."""
+        self._awake.set()
 
     def run(self) -> None:
         """Lead whenever nobody else does, until stopped."""
@@ -101,7 +108,9 @@ class Loop:
             if not self._tick(keeper.lease, ticks):
                 return
             ticks += 1
-            self._stop.wait(TICK_S)
+            if self._awake.wait(TICK_S):
+                self._stop.wait(WAKE_S)
+                self._awake.clear()
 
     def _tick(self, lease: Lease, ticks: int) -> bool:
         """One round; a part that fails does not keep the others from their turn. False: another one leads."""

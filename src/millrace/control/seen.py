@@ -26,7 +26,7 @@ def seen(services: Services, endpoint: Endpoint) -> Endpoint:
     if endpoint.is_managed:
         if endpoint.state in UNSERVED and not is_led(services):
             text = "no server is running; the next one serves it"
-            return msgspec.structs.replace(endpoint, state="stopped", pid=None, text=text)
+            return msgspec.structs.replace(endpoint, state="stopped", pid=None, replicas=0, text=text)
     elif endpoint.state == "ready" and _is_gone(endpoint):
         return msgspec.structs.replace(endpoint, state="stopped", url=None, pid=None)
     return endpoint

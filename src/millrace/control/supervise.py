@@ -46,7 +46,7 @@ class Supervisor:
         self, services: Services, wanted: list[Wanted], body: ServeRequest, serve: Serve, monitor: Monitor
     ) -> None:
         self._services, self._wanted = services, wanted
-        self._config = _config(services.home, wanted, body, serve)
+        self._config = config_of(services.home, wanted, body, serve)
         self._frames: queue.Queue[TelemetryFrame] = queue.Queue()
         self._watches = {
             (one.model.name, one.model.version): Watch(services, one.model.name, one.version, one.reference, monitor)
@@ -174,13 +174,14 @@ class Supervisor:
         self._write_endpoints("stopped", None, None)
 
 
-def _config(home: Path, wanted: list[Wanted], body: ServeRequest, serve: Serve) -> ChildConfig:
+def config_of(home: Path, wanted: list[Wanted], body: ServeRequest, serve: Serve) -> ChildConfig:
     """What the child is told: one bundle, or several models and paths."""
     first = wanted[0].model
     server = ServerConfig(
         name=first.name, version=first.version, variant=first.variant, host=body.host,
         port=serve.port if body.port is None else body.port, max_batch=serve.max_batch, queue=serve.queue,
-        queue_s=serve.queue_s, limits=HttpLimits(client_rate=serve.client_rate),
+        queue_s=serve.queue_s if body.queue_s is None else body.queue_s,
+        limits=HttpLimits(client_rate=serve.client_rate if body.client_rate is None else body.client_rate),
         reference=wanted[0].reference or None, calibrations=str(calibrations_of(home)),
         cache=_changed(serve.cache, entries=body.cache), capture=_changed(serve.capture, share=body.capture),
         captures=str(captures_of(home)), grpc_port=body.grpc_port, access_log=body.access_log or "",
@@ -231,7 +232,7 @@ def supervise(services: Services, body: ServeRequest, serve: Serve, monitor: Mon
     """
     wanted = wanted_models(services, body, serve)
     if body.explain:
-        return _explain(_config(services.home, wanted, body, serve))
+        return _explain(config_of(services.home, wanted, body, serve))
     return Supervisor(services, wanted, body, serve, monitor).run()
 
 

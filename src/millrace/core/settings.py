@@ -110,6 +110,20 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="gc_deleted_days", type=float, default=30.0, summary="How long deleted runs can be restored."),
     Setting(name="rollout_look_s", type=float, default=1.0, summary="A rollout is judged at most so often."),
     Setting(name="rollout_step_s", type=float, default=60.0, summary="Each step of a rollout lasts at least so long."),
+    Setting(
+        name="scale_in_flight",
+        type=float,
+        default=32.0,
+        summary="So many requests at once are one replica's; with more there is another one.",
+    ),
+    Setting(name="scale_window_s", type=float, default=15.0, summary="Load is averaged over so long."),
+    Setting(name="scale_down_s", type=float, default=300.0, summary="What was needed so long ago still runs."),
+    Setting(
+        name="scale_to_zero_s",
+        type=float,
+        default=300.0,
+        summary="An endpoint whose least is no replica has none when nobody has asked for so long.",
+    ),
     Setting(name="backup_to", type=str, default="", summary="Where backups go: an absolute folder or s3://…"),
     Setting(name="backup_key", type=str, default="", summary="What encrypts backups: file:PATH or env:NAME."),
     Setting(

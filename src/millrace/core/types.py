@@ -246,7 +246,10 @@ class Endpoint(Record, frozen=True, kw_only=True):
     pid: int | None = None
     facts: dict[str, Any] = {}
     is_managed: bool = False  # kept by the server's loop; else it lives with the command that serves it
-    is_isolated: bool = False  # a serving process of its own
+    is_isolated: bool = False  # a group of serving processes of its own
+    min_replicas: int = 1  # of these processes; 0: none while nobody asks
+    max_replicas: int = 1
+    replicas: int = 0  # how many serve now
     threads: int = 1  # of one call; 0: found out by measuring
     slo_p99_ms: float | None = None
     text: str = ""  # why it is in this state

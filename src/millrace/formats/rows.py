@@ -135,7 +135,7 @@ def _slow_tensor(spec: TensorSpec, rows: list[Any], instances: Sequence[Any]) ->
 
 
 def _shaped(spec: TensorSpec, rows: list[Any], values: list[list[Any]]) -> np.ndarray:
-    dtype = object if spec.dtype == "string" else np.dtype(spec.dtype)
+    dtype = np.dtype(spec.array_dtype)
     tail = spec.shape[1:]
     if -1 in tail:
         shapes = {np.shape(row) for row in rows}
@@ -180,11 +180,11 @@ def _value(spec: TensorSpec, value: Any, name: str) -> Any:
         raise InputError(f"{name}: want a number, got null")
     if not isinstance(value, int | float):
         raise InputError(f"{name}: want a number, got {_shown(value)}")
-    if spec.dtype not in ("float32", "float64"):
+    if "float" not in spec.dtype:
         return _whole(spec, value, name)
     if isinstance(value, float) and math.isnan(value) and spec.semantic != "image":
         return math.nan
-    if not abs(value) <= (_FLOAT32_MAX if spec.dtype == "float32" else np.finfo(np.float64).max):
+    if not abs(value) <= (_FLOAT32_MAX if spec.dtype == "float32" else float(np.finfo(spec.array_dtype).max)):
         raise InputError(f"{name}: want a finite number that {spec.dtype} can hold, got {_shown(value)}")
     return float(value)
 

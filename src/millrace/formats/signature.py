@@ -7,9 +7,11 @@ from typing import Literal
 import msgspec
 
 Dtype = Literal[
-    "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
-    "string",
+    "bfloat16", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+    "uint64", "bool", "string",
 ]  # fmt: skip
+
+_HELD_AS = {"bfloat16": "float32", "string": "object"}
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +27,16 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     semantic: Literal["number", "category", "image", "text", "probabilities", "value", "unknown"] = "unknown"
     columns: list[str] = []
     image: list[int] | None = None
+
+    @property
+    def array_dtype(self) -> str:
+        """What numpy holds it in: texts as objects, bfloat16, which it lacks, as float32.
+
+        Example:
+            >>> TensorSpec(name="x", dtype="bfloat16", shape=[-1, 2]).array_dtype
+            'float32'
+        """
+        return _HELD_AS.get(self.dtype, self.dtype)
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True):

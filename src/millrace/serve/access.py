@@ -15,6 +15,8 @@ from urllib.parse import unquote_to_bytes
 from millrace.core.principals import EVERYWHERE, includes
 from millrace.core.types import Struct
 
+PREFIX = b"/v2/repository/models/"  # below it models are loaded and unloaded
+_HOW = "want a token with `admin` after it in the token file"
 OPEN = frozenset({b"/v2/health/live", b"/v2/health/ready"})
 BELIEVED_S = 300.0  # without news, what was told of tokens counts no longer
 TOLD_EVERY_S = 60.0  # denials of one model become one event
@@ -25,13 +27,15 @@ class Caller(Struct, frozen=True, kw_only=True):
     """A token that lives.
 
     `digest` is the SHA-256 of its secret in hexadecimal, `where` the projects whose endpoints it may call, as
-    `Principal.where` says it, `expires_at` in seconds since 1970.
+    `Principal.where` says it, `expires_at` in seconds since 1970. `may_load`: whether it may load and unload them,
+    where that is done on request.
     """
 
     digest: str
     who: str
     where: tuple[str, ...]
     expires_at: float | None = None
+    may_load: bool = True
 
 
 class Denial(NamedTuple):
@@ -54,6 +58,7 @@ class _Known(NamedTuple):
     who: str
     where: frozenset[str]
     expires_at: float
+    may_load: bool
 
 
 class Guard:
@@ -86,7 +91,7 @@ class Guard:
         """These tokens live, and no others, from the next request on, for `BELIEVED_S` or as long as is said."""
         self._callers = {
             one.digest: _Known(
-                one.who, frozenset(one.where), float("inf") if one.expires_at is None else one.expires_at
+                one.who, frozenset(one.where), float("inf") if one.expires_at is None else one.expires_at, one.may_load
             )
             for one in callers
         }
@@ -131,6 +136,8 @@ class Guard:
             return self._deny(
                 name, caller.who, Denial(403, f"{caller.who} may not call {what}; it may: {may or 'none'}")
             )
+        if path.startswith(PREFIX) and not caller.may_load:
+            return self._deny(name, caller.who, Denial(403, f"{caller.who} may not load or unload models: {_HOW}"))
         if len(self._passes) >= _MAX_KNOWN:
             self._passes.clear()
         self._passes[given, target] = min(steady + caller.expires_at - now, self._believed_until)

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -16,8 +16,10 @@ from millrace.core.errors import InputError
 from millrace.core.redaction import SHOWN
 from millrace.serve.access import model_of, path_of
 from millrace.serve.batching import Job
+from millrace.serve.dataplane import ModelInfo
 from millrace.serve.inference import HttpJob
-from millrace.serve.tracing import TracedExchange
+from millrace.serve.service import Head, Service
+from millrace.serve.tracing import Trace, TracedExchange
 
 GONE = 499  # the client hung up before its answer
 MAX_BUFFER_BYTES = 4 << 20
@@ -133,6 +135,76 @@ class AccessLog:
         self._fd, self._is_torn = fd, False
 
 
+class Peer(Protocol):
+    """Who is at the other end."""
+
+    service: Service
+
+    @property
+    def peer(self) -> str:
+        """Its address."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """Whose certificate it has shown; empty: it has shown none."""
+        ...
+
+
+class Ended(NamedTuple):
+    """What is known of a request once it has ended."""
+
+    status: int
+    received_bytes: int
+    sent_bytes: int
+    began_ns: int
+    trace: Trace | None
+    job: Job | None = None
+    route: str = ""
+    info: ModelInfo | None = None
+
+
+def fields_of(log: AccessLog, connection: Peer, head: Head, ended: Ended) -> dict[str, Any]:
+    """A line of the log.
+
+    Args:
+        log: Tells the time.
+        connection: Whose request it was.
+        head: The request's.
+        ended: The rest.
+    """
+    now_ns = time.perf_counter_ns()
+    trace, guard = ended.trace, connection.service.guard
+    path, _, query = head.target.partition(b"?")
+    fields: dict[str, Any] = {
+        "time": log.now(),
+        "client": connection.subject or connection.peer,
+        "method": _shown(head.method),
+        "path": _shown(path),
+        "status": ended.status,
+        "received_bytes": ended.received_bytes,
+        "sent_bytes": ended.sent_bytes,
+        "seconds": _seconds(now_ns - ended.began_ns),
+    }
+    if connection.subject:
+        fields["address"] = connection.peer
+    if query:
+        fields["query"] = shown_query(query)
+    if ended.info is not None:
+        fields |= {"route": ended.route, "model": ended.info.name, "version": ended.info.version}
+        if ended.job is not None:
+            fields |= _split(ended.job, now_ns)
+    elif name := model_of(path_of(head.target)):
+        fields["model"] = _shown(name)
+    if trace is not None:
+        fields |= {"trace_id": trace.trace_id, "span_id": trace.span_id}
+        if trace.parent_id:
+            fields["parent_id"] = trace.parent_id
+    if guard is not None and (who := guard.who(head.headers)):
+        fields["principal"] = who
+    return fields
+
+
 class LoggedExchange(TracedExchange):
     """An exchange whose end is a line of the log."""
 
@@ -152,37 +224,13 @@ class LoggedExchange(TracedExchange):
         super().abandon()
 
     def _log(self, status: int, sent_bytes: int, job: HttpJob | None) -> None:
-        service = self.connection.service
-        log = service.access_log
+        log = self.connection.service.access_log
         if log is None:
             return
-        now_ns = time.perf_counter_ns()
-        head, trace = self.head, self.trace
-        path, _, query = head.target.partition(b"?")
-        fields: dict[str, Any] = {
-            "time": log.now(),
-            "client": self.connection.peer,
-            "method": _shown(head.method),
-            "path": _shown(path),
-            "status": status,
-            "received_bytes": len(self.data) - self.body_at,
-            "sent_bytes": sent_bytes,
-            "seconds": _seconds(now_ns - self.began_ns),
-        }
-        if query:
-            fields["query"] = shown_query(query)
+        ended = Ended(status, len(self.data) - self.body_at, sent_bytes, self.began_ns, self.trace)
         if job is not None:
-            fields |= {"route": job.route, "model": job.inference.plane.info.name,
-                       "version": job.inference.plane.info.version, **_split(job, now_ns)}  # fmt: skip
-        elif name := model_of(path_of(head.target)):
-            fields["model"] = _shown(name)
-        if trace is not None:
-            fields |= {"trace_id": trace.trace_id, "span_id": trace.span_id}
-            if trace.parent_id:
-                fields["parent_id"] = trace.parent_id
-        if service.guard is not None and (who := service.guard.who(head.headers)):
-            fields["principal"] = who
-        log.write(fields)
+            ended = ended._replace(job=job, route=job.route, info=job.inference.plane.info)
+        log.write(fields_of(log, self.connection, self.head, ended))
 
 
 def _split(job: Job, now_ns: int) -> dict[str, Any]:
@@ -190,6 +238,8 @@ def _split(job: Job, now_ns: int) -> dict[str, Any]:
     shared = getattr(job, "shared", None)
     fields: dict[str, Any] = {"rows": job.rows}
     if job.error is not None or shared is None:
+        return fields
+    if not job.rows:
         return fields
     if not shared.end_ns:
         return fields | {"cached": True}

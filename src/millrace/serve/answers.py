@@ -6,6 +6,7 @@ import math
 
 from millrace.formats.signature import Signature
 from millrace.serve.batching import Job
+from millrace.serve.encodings import SMALLEST
 from millrace.serve.oip import BINARY, Codec
 from millrace.serve.tensors import itemsize, rows_to_json
 
@@ -29,12 +30,16 @@ class Answers:
     def __init__(self, codec: Codec, signature: Signature) -> None:
         self._codec = codec
         only = signature.outputs[0] if len(signature.outputs) == 1 else None
-        is_fixed = only is not None and only.dtype != "string" and -1 not in only.shape[1:]
+        is_fixed = only is not None and only.dtype not in ("string", "bfloat16") and -1 not in only.shape[1:]
         self._spec = only if is_fixed else None
         self._row_bytes = math.prod(only.shape[1:]) * itemsize(only) if only is not None and is_fixed else 0
         self._date_line = b""
         self._fronts: dict[int, bytes] = {}  # rows → a binary answer up to its tensor; with the date
         self._openings: dict[int, bytes] = {}  # rows → a JSON body up to its numbers
+
+    def is_small(self, rows: int) -> bool:
+        """Whether an answer of so many rows may have less than what is worth compressing, in either form."""
+        return rows * self._row_bytes < SMALLEST
 
     def binary(self, job: Job, date_line: bytes) -> bytes | None:
         """The response with a binary tensor.

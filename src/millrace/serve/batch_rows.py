@@ -449,7 +449,7 @@ def _batch_tensors(signature: Signature, batch: Any) -> dict[str, np.ndarray] | 
     """Whole columns as tensors; None where a value is to be looked at by itself."""
     found: dict[str, np.ndarray] = {}
     for spec in signature.inputs:
-        values = np.empty((batch.num_rows, len(spec.columns)), object if spec.dtype == "string" else spec.dtype)
+        values = np.empty((batch.num_rows, len(spec.columns)), spec.array_dtype)
         for place, name in enumerate(spec.columns):
             column = batch.column(name)
             kind = str(column.type)

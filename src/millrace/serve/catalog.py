@@ -9,12 +9,12 @@ from typing import Any
 
 from millrace.core.errors import MillraceError, NotFoundError, UnavailableError
 from millrace.serve import documents
-from millrace.serve.access import model_of, path_of
+from millrace.serve.access import PREFIX, model_of, path_of
 from millrace.serve.admission import Refusal
 from millrace.serve.clients import Client
 from millrace.serve.dataplane import DataPlane
 from millrace.serve.exchange import Exchange
-from millrace.serve.loading import PREFIX, FixedModels, Loading, Repository
+from millrace.serve.loading import FixedModels, Loading, Repository
 from millrace.serve.metrics import server_lines
 from millrace.serve.page import ASSET_HEADERS, ASSETS, HEADERS, HTML_TYPE, asset, list_page
 from millrace.serve.peers import Peers, Snapshot, added_statistics, added_texts

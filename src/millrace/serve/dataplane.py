@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from millrace.core.ports import Runtime
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.admission import Admission, Refusal
-from millrace.serve.batching import RUN_ERRORS, Batcher, Call, Job
+from millrace.serve.batching import RUN_ERRORS, Batcher, Call, Job, Outputs
 from millrace.serve.breaker import Breaker
 from millrace.serve.capture import Recorder
 from millrace.serve.clients import Client
@@ -52,6 +52,16 @@ class Tunes(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsPlatform(Protocol):
+    """A runtime that says what it runs models with."""
+
+    @property
+    def platform(self) -> str:
+        """As in the model's V2 metadata; what stands before its first underscore is the backend."""
+        ...
+
+
 class DataPlane:
     """One served model. Everything here belongs to the event loop's thread.
 
@@ -79,6 +89,7 @@ class DataPlane:
         self.admission = admission
         self.batcher = batcher
         self.collector = collector
+        self.platform = runtime.platform if isinstance(runtime, SupportsPlatform) else "custom"
         self.metrics = Metrics()
         self.breaker = Breaker()
         self.sample: Mapping[str, np.ndarray] | None = None  # a right row, to try the model with
@@ -125,8 +136,20 @@ class DataPlane:
             return refusal
         refusal = self.admission.admit(job.size_bytes, held_by_connection, job.rows, job.client)
         if refusal is None:
-            self.batcher.submit(job)
+            if job.rows:
+                self.batcher.submit(job)
+            else:
+                asyncio.get_running_loop().call_soon(self._answer_nothing, job)
         return refusal
+
+    def _answer_nothing(self, job: Job) -> None:
+        """No rows for no rows: the model is not asked."""
+        if job.is_cancelled:
+            return
+        self.admission.release(job.size_bytes, 1, 0)
+        self.admission.release_client(job.client, 0)
+        job.shared, job.start, job.is_done = Outputs(no_rows(self.signature)), 0, True
+        job.done()
 
     def _too_late(self, job: Job) -> Refusal | None:
         """Why a job would miss its deadline behind what waits."""
@@ -268,7 +291,7 @@ class CheckedInfer:
 
     def __init__(self, runtime: Runtime, signature: Signature) -> None:
         self._infer = runtime.infer
-        self._specs = [spec for spec in signature.inputs if spec.dtype in ("float16", "float32", "float64")]
+        self._specs = [spec for spec in signature.inputs if spec.dtype in ("bfloat16", "float16", "float32", "float64")]
 
     def __call__(self, tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
         """Outputs by name.
@@ -315,8 +338,22 @@ def sample_of(signature: Signature, golden: Mapping[str, np.ndarray] | None) -> 
     return {spec.name: _zeros(spec) for spec in signature.inputs}
 
 
+def no_rows(signature: Signature) -> dict[str, np.ndarray]:
+    """What a model answers when it is asked nothing; a dimension that depends on the rows is 0.
+
+    Example:
+        >>> value = TensorSpec(name="value", dtype="float32", shape=[-1, 1])
+        >>> no_rows(Signature(task="regression", inputs=[], outputs=[value], label="y"))["value"].shape
+        (0, 1)
+    """
+    return {
+        spec.name: np.empty([0, *[max(size, 0) for size in spec.shape[1:]]], dtype=spec.array_dtype)
+        for spec in signature.outputs
+    }
+
+
 def _zeros(spec: TensorSpec) -> np.ndarray:
     shape = [1, *[size if size > 0 else 1 for size in spec.shape[1:]]]
     if spec.dtype == "string":
         return np.full(shape, "", dtype=object)
-    return np.zeros(shape, dtype=spec.dtype)
+    return np.zeros(shape, dtype=spec.array_dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from millrace.formats.signature import Signature, TensorSpec
+from millrace.serve.breaker import Breaker
 from millrace.serve.metrics import BucketCounts, Metrics
 from millrace.serve.racing import Calibration
 from millrace.serve.tensors import DATATYPES
@@ -37,13 +38,13 @@ def wants_ready(body: bytes) -> bool | None:
         return None
 
 
-def model_metadata(name: str, versions: list[str], signature: Signature) -> dict[str, Any]:
-    """`GET /v2/models/{name}`.
+def model_metadata(name: str, versions: list[str], signature: Signature, platform: str) -> dict[str, Any]:
+    """`GET /v2/models/{name}`. `platform`: what runs it, as its runtime says.
 
     Example:
         >>> value = TensorSpec(name="value", dtype="float32", shape=[-1, 1])
         >>> model = Signature(task="regression", inputs=[], outputs=[value], label="y")
-        >>> model_metadata("m", ["1"], model)["outputs"]
+        >>> model_metadata("m", ["1"], model, "python")["outputs"]
         [{'name': 'value', 'datatype': 'FP32', 'shape': [-1, 1]}]
     """
 
@@ -53,13 +54,13 @@ def model_metadata(name: str, versions: list[str], signature: Signature) -> dict
     return {
         "name": name,
         "versions": versions,
-        "platform": "onnxruntime_onnx",
+        "platform": platform,
         "inputs": described(signature.inputs),
         "outputs": described(signature.outputs),
     }
 
 
-def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, Any]:
+def model_config(name: str, signature: Signature, max_batch: int, platform: str) -> dict[str, Any]:
     """`GET /v2/models/{name}/config`, Triton's model configuration; dims are without the rows."""
 
     def described(specs: list[TensorSpec]) -> list[dict[str, Any]]:
@@ -74,8 +75,8 @@ def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, A
 
     return {
         "name": name,
-        "platform": "onnxruntime_onnx",
-        "backend": "onnxruntime",
+        "platform": platform,
+        "backend": platform.partition("_")[0],
         "max_batch_size": max_batch,
         "input": described(signature.inputs),
         "output": described(signature.outputs),
@@ -83,7 +84,9 @@ def model_config(name: str, signature: Signature, max_batch: int) -> dict[str, A
     }
 
 
-def statistics(name: str, version: str, metrics: Metrics, calibration: Calibration | None = None) -> dict[str, Any]:
+def statistics(
+    name: str, version: str, metrics: Metrics, calibration: Calibration | None = None, breaker: Breaker | None = None
+) -> dict[str, Any]:
     """`GET /v2/models/{name}/stats`, in Triton's form, times in nanoseconds; what is ours alone under `millrace`.
 
     Example:
@@ -126,6 +129,11 @@ def statistics(name: str, version: str, metrics: Metrics, calibration: Calibrati
         },
         "batch_stats": batches,
     }
+    ours: dict[str, Any] = {}
+    if breaker is not None:
+        ours["breaker"] = {"is_open": breaker.is_open, "failures": breaker.failures, "opened": breaker.opened}
     if calibration is not None:
-        model["millrace"] = {"calibration": msgspec.to_builtins(calibration)}
+        ours["calibration"] = msgspec.to_builtins(calibration)
+    if ours:
+        model["millrace"] = ours
     return {"model_stats": [model]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import zlib
 
@@ -9,6 +10,7 @@ SMALLEST = 1024  # bytes; less is not worth it
 INLINE_BYTES = 64 << 10  # more is compressed beside the event loop
 
 
+@functools.lru_cache(maxsize=64)
 def accepted(header: bytes) -> str:
     """The encoding to answer in, from an Accept-Encoding header; empty: as it is.
 

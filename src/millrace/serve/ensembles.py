@@ -106,6 +106,8 @@ def open_ensemble(given: Mapping[str, Any], parts: Mapping[str, Part]) -> Ensemb
 class _Composed:
     """What every composition is: ready with its parts, unloaded with them, never on the event loop if a part is not."""
 
+    platform = "ensemble"
+
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = list({id(part.runtime): part for part in parts}.values())
         self.is_isolated = any(getattr(part.runtime, "is_isolated", False) for part in parts)

@@ -189,7 +189,7 @@ def read_picture(
         raise InputError(f"the model reads images of {channels} channels: want its values as JSON, no picture")
     values = _pixels(kind, body, (width, height), _MODES[channels])
     white = white_of(examples.get(spec.name))
-    return {spec.name: (values.reshape(1, -1) * (white / 255.0)).astype(spec.dtype).reshape([1, *spec.shape[1:]])}
+    return {spec.name: (values.reshape(1, -1) * (white / 255.0)).astype(spec.array_dtype).reshape([1, *spec.shape[1:]])}
 
 
 def _pixels(kind: str, body: bytes, size: tuple[int, int], mode: str) -> np.ndarray:

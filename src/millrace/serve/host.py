@@ -61,6 +61,7 @@ class Host:
     async def _apply_all(self) -> None:
         while True:
             await self._apply(await self._wanted.get())
+            self._serving.welcome.set()
 
     async def _apply(self, models: list[HostedModel]) -> None:
         wanted: dict[str, list[HostedModel]] = {}
@@ -106,7 +107,8 @@ class Host:
 
     async def _load(self, model: HostedModel) -> DataPlane:
         """Load, self-test and calibrate in a thread."""
-        plane = await asyncio.to_thread(_plane_of, model, asyncio.get_running_loop())
+        queued = msgspec.structs.replace(model, queue_s=self._config.queue_s or model.queue_s)
+        plane = await asyncio.to_thread(_plane_of, queued, asyncio.get_running_loop())
         self._serving.pumps[plane] = TelemetryPump(plane, self._writer)
         return plane
 
@@ -160,6 +162,8 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
     listener = listener_of(config.host, config.port, is_guarded, config.listen_fd)
     if config.peers:
         serving.join(Path(config.peers))
+    if config.is_patient:
+        serving.welcome.clear()
     if config.grpc_port is not None:
         certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
         serving.speak_grpc(config.host, config.grpc_port, certificate, is_asked and tls is not None)

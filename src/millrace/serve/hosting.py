@@ -30,13 +30,15 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     `tls_client_ca` every client a certificate of that authority. A host that is not loopback wants one of the two,
     and a certificate or, with tokens, `proxies`: networks of proxies that end TLS; then nobody else but this machine
     is answered. `listen_fd`: a listening socket that was inherited, and is shared with the other processes of a group,
-    whose counts are found in the folder `peers`.
+    whose counts are found in the folder `peers`; with `is_patient` it takes no connection before everything that it is
+    first told to serve is loaded, or cannot be. `queue_s`: of every model; 0: each has its own.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     listen_fd: int = -1
     peers: str = ""
+    is_patient: bool = False
     grpc_port: int | None = None
     allowed_hosts: list[str] = []
     wants_token: bool = False
@@ -45,6 +47,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     tls_client_ca: str = ""
     proxies: list[str] = []
     limits: HttpLimits = HttpLimits()
+    queue_s: float = 0.0
     drain_s: float = 10.0
     telemetry_interval_s: float = 0.5
     access_log: str = ""

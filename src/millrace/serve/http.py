@@ -14,6 +14,7 @@ from millrace.core.addresses import is_loopback, is_within
 from millrace.serve.clients import FORWARDED, Client, forwarded_for
 from millrace.serve.exchange import Exchange
 from millrace.serve.service import Head, Service
+from millrace.serve.tls import subject_of
 from millrace.serve.tracing import HEADER as TRACE_HEADER
 from millrace.serve.tracing import TracedExchange
 
@@ -79,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._holds = 0
         self._exchange_type = service.exchange_type or Exchange
         self._peer: Client | None = None
+        self._subject: str | None = None
         self._is_proxied = False
 
     # ------------------------------------------------------------------ transport
@@ -132,6 +134,13 @@ class Connection(asyncio.Protocol):
     def peer(self) -> str:
         """The client's address."""
         return _peer_of(self.transport)
+
+    @property
+    def subject(self) -> str:
+        """Whose certificate the client has shown; empty: it has shown none."""
+        if self._subject is None:
+            self._subject = subject_of(self.transport.get_extra_info("peercert"))
+        return self._subject
 
     @property
     def idle_since_s(self) -> float:

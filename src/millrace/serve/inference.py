@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import msgspec
 import orjson
 
 from millrace.core.errors import DeadlineError, ExtraMissingError, InputError, MillraceError, UnavailableError
@@ -60,24 +59,27 @@ class HttpJob(Job):
 class InferJob(HttpJob):
     """V2."""
 
-    __slots__ = ("wanted",)
+    __slots__ = ("encoding", "wanted")
     route = "infer"
     wanted: Wanted
+    encoding: str  # how a body of some size is to be compressed; empty: not at all
 
     def send(self) -> None:
         """Answer with tensors."""
-        exchange, inference, wanted = self.exchange, self.inference, self.wanted
+        exchange, inference, wanted, encoding = self.exchange, self.inference, self.wanted, self.encoding
         service = exchange.connection.service
         if exchange.keep_alive and not service.is_draining and (wanted is BINARY or wanted is JSON):
             answers = inference.answers
-            response = (answers.binary if wanted is BINARY else answers.json)(self, service.date_line)
-            if response is not None:
+            response = None
+            if not encoding or answers.is_small(self.rows):
+                response = (answers.binary if wanted is BINARY else answers.json)(self, service.date_line)
+            if response is not None and (not encoding or len(response) < SMALLEST):
                 inference.requests[_INFERRED] += 1
                 exchange.send(response)
                 return
         document, blob = inference.codec.encode(wanted, self)
         inference.requests[_INFERRED] += 1
-        if wanted.encoding and len(document) + len(blob or b"") >= SMALLEST:
+        if encoding and len(document) + len(blob or b"") >= SMALLEST:
             self._send_compressed(document, blob)
         elif blob is not None:
             exchange.reply_raw(binary_head(len(document), len(blob)), document + blob)
@@ -85,7 +87,7 @@ class InferJob(HttpJob):
             exchange.reply(200, document)
 
     def _send_compressed(self, document: bytes, blob: bytes | None) -> None:
-        exchange, encoding = self.exchange, self.wanted.encoding
+        exchange, encoding = self.exchange, self.encoding
         headers = b"Content-Encoding: %s\r\nVary: Accept-Encoding\r\n" % encoding.encode()
         body = document if blob is None else document + blob
         if blob is not None:
@@ -142,6 +144,7 @@ class Repeats(Struct, frozen=True):
     json: bytes
     body_bytes: int
     wanted: Wanted
+    encoding: str
     packing: Packing | None
     timeout_ns: int
 
@@ -152,7 +155,7 @@ class Repeats(Struct, frozen=True):
             self.inference.infer(exchange)
             return
         job = InferJob(None, self.body_bytes, self.packing, data[at + len(self.json) :])
-        job.wanted = self.wanted
+        job.wanted, job.encoding = self.wanted, self.encoding
         if self.timeout_ns:
             job.deadline_ns = time.perf_counter_ns() + self.timeout_ns
         self.inference.submit(job, exchange)
@@ -191,16 +194,15 @@ class Inference:
             return
         wanted = request.wanted
         accepts = headers.get(b"accept-encoding")
-        if accepts is not None and (encoding := accepted(accepts)):
-            wanted = msgspec.structs.replace(wanted, encoding=encoding)
+        encoding = "" if accepts is None else accepted(accepts)
         if wanted.timeout_us:
             timeout_ns = min(timeout_ns or wanted.timeout_us * 1000, wanted.timeout_us * 1000)
         if request.repeats and is_plain and self.is_pinned:
             exchange.head.route = Repeats(
-                self, request.repeats, len(body), wanted, self.codec.packing, timeout_ns
+                self, request.repeats, len(body), wanted, encoding, self.codec.packing, timeout_ns
             ).infer  # fmt: skip
         job = InferJob(request.tensors, len(exchange.data) - exchange.body_at, self.codec.packing, request.data)
-        job.wanted = wanted
+        job.wanted, job.encoding = wanted, encoding
         if timeout_ns:
             job.deadline_ns = began_ns + timeout_ns
         self.submit(job, exchange)

@@ -137,9 +137,12 @@ def tensors_of(address: Address, tls: ssl.SSLContext | None) -> list[TensorSpec]
 
     Raises:
         UnavailableError: The metadata is not what the protocol says.
+        InputError: The model reads BF16.
     """
     document = ask(address, f"/v2/models/{quote(address.model, safe='')}", tls)
     try:
+        if any(one["datatype"] == "BF16" for one in document["inputs"]):
+            raise InputError(f"{address.shown} reads BF16, which numpy lacks: a load test cannot send it")
         return [
             TensorSpec(name=one["name"], dtype=cast(Dtype, _DTYPES[one["datatype"]]), shape=list(one["shape"]))
             for one in document["inputs"]

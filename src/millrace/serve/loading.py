@@ -7,11 +7,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from millrace.core.errors import ConflictError, MillraceError, NotFoundError
-from millrace.serve.access import Guard, model_of, path_of
+from millrace.serve.access import PREFIX, Guard, model_of, path_of
 from millrace.serve.exchange import Exchange
 from millrace.serve.revisions import Directory
 
-PREFIX = b"/v2/repository/models/"
 _SOON = b"Retry-After: 1\r\n"
 Failed = Callable[[Exchange, int, str, bytes], None]
 

@@ -15,6 +15,7 @@ from millrace.core.errors import InputError
 from millrace.core.types import Struct
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.batching import Job, Packing
+from millrace.serve.large_json import LARGE_BYTES, read_large
 from millrace.serve.tensors import (
     DATATYPES,
     as_object,
@@ -34,7 +35,6 @@ MAX_TIMEOUT_US = 86_400_000_000
 class Wanted(Struct, frozen=True, kw_only=True):
     """How an answer is wanted. `outputs`: name → binary; None: all of them, each as `binary` says.
 
-    `encoding`: how the body is to be compressed; empty: not at all.
     `timeout_us`: within so many microseconds, Triton's request parameter `timeout`; 0: whenever it comes.
     """
 
@@ -42,7 +42,6 @@ class Wanted(Struct, frozen=True, kw_only=True):
     timeout_us: int = 0
     outputs: dict[str, bool] | None = None
     binary: bool = False
-    encoding: str = ""
 
 
 class InferRequest:
@@ -144,7 +143,7 @@ class Codec:
             raise InputError(
                 f"Inference-Header-Content-Length: want 0 to {len(body)}, the length of the body, got {header_length}"
             )
-        if self.packing is not None:
+        if self.packing is not None and (rest or len(head) < LARGE_BYTES):
             wanted = self.known.get((head, len(rest))) if rest else None
             if wanted is not None:
                 return InferRequest(None, wanted, rest, head)
@@ -186,17 +185,30 @@ class Codec:
         if len(self.inputs) != 1:
             raise InputError(f"a raw binary request has one tensor; this model wants {', '.join(self.inputs)}")
         spec = next(iter(self.inputs.values()))
-        row_bytes = math.prod(spec.shape[1:]) * itemsize(spec) if -1 not in spec.shape[1:] else 0
+        if -1 in spec.shape[1:]:
+            raise InputError(f"input {spec.name!r}: its shape {spec.shape} cannot be told from {len(body)} bytes alone")
+        if spec.dtype == "string":
+            return self._raw_text(spec, body)
+        row_bytes = math.prod(spec.shape[1:]) * itemsize(spec)
         if row_bytes <= 0 or not body or len(body) % row_bytes:
             raise InputError(f"input {spec.name!r}: want a multiple of {row_bytes} bytes, got {len(body)}")
         shape = [len(body) // row_bytes, *spec.shape[1:]]
         tensor, _ = read_binary(spec, shape, {"binary_data_size": len(body)}, body, 0)
         return InferRequest({spec.name: tensor}, BINARY)
 
+    def _raw_text(self, spec: TensorSpec, body: bytes) -> InferRequest:
+        """One text, without the length that stands before a text elsewhere."""
+        if math.prod(spec.shape[1:]) != 1:
+            raise InputError(f"input {spec.name!r}: a raw binary request has one text, a row of it {spec.shape[1:]}")
+        data = len(body).to_bytes(4, "little") + body
+        tensor, _ = read_binary(spec, [1, *spec.shape[1:]], {"binary_data_size": len(data)}, data, 0)
+        return InferRequest({spec.name: tensor}, BINARY)
+
     def _decode_any(self, head: bytes, rest: bytes) -> InferRequest:
         """Every form that the protocol allows, and every error named."""
+        request = read_large(head) if len(head) >= LARGE_BYTES else None
         try:
-            request = orjson.loads(head)
+            request = orjson.loads(head) if request is None else request
         except (orjson.JSONDecodeError, RecursionError) as error:
             raise InputError(f"the request is not JSON: {error}") from None
         if not isinstance(request, dict) or not isinstance(request.get("inputs"), list):
@@ -274,7 +286,7 @@ class Codec:
             binary: What holds for those that say nothing.
 
         Raises:
-            InputError: It is no such list, or the model has no such output.
+            InputError: It is no such list, or the model has no such output, or it is named twice.
         """
         if not isinstance(outputs, list):
             raise InputError(f"outputs: want a list, got {shown(outputs)}")
@@ -284,6 +296,8 @@ class Codec:
             if not isinstance(name, str) or name not in self.outputs:
                 known = ", ".join(map(repr, self.outputs))
                 raise InputError(f"outputs[{index}]: {shown(name)} is unknown; this model gives {known}")
+            if name in wanted:
+                raise InputError(f"output {name!r}: asked for twice")
             parameters = as_object(value.get("parameters"), f"output {name!r}: parameters")
             if parameters.get("classification"):
                 raise InputError(f"output {name!r}: classification is not supported; use :predict for labels")
@@ -302,7 +316,7 @@ class Codec:
             values = given[name]
             described = _description(name, DATATYPES[self.outputs[name].dtype], values.shape)
             if is_binary:
-                blob = to_bytes(values)
+                blob = to_bytes(values, self.outputs[name].dtype)
                 blobs.append(blob)
                 parts.append(b'%s,"parameters":{"binary_data_size":%d}}' % (described, len(blob)))
             else:

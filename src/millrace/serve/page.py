@@ -144,7 +144,7 @@ def _field(spec: TensorSpec, column: str, value: Any, known: list[str]) -> str:
     name = escape(column)
     if spec.dtype != "string":
         shown = "" if value is None else escape(f"{value:.9g}" if isinstance(value, float) else str(value))
-        step = "any" if spec.dtype.startswith("float") else "1"
+        step = "any" if "float" in spec.dtype else "1"
         return (
             f'<label class="field"><span>{name}</span>'
             f'<input type="number" step="{step}" data-column="{name}" value="{shown}"></label>'

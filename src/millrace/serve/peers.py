@@ -16,6 +16,7 @@ from millrace.core.types import Struct
 from millrace.serve.metrics import METRICS
 
 _log = logging.getLogger(__name__)
+GONE = "gone"  # the name of the file with what those had counted that are no more
 ASK_S = 2.0  # a peer that does not answer by then counts with what it kept last
 _LEAST = frozenset({"millrace_ready"})
 _MOST = frozenset({"millrace_queue_predicted_seconds", "millrace_breaker_open"})
@@ -26,11 +27,12 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """What one process has counted.
 
     `endpoints`: Prometheus text by endpoint, under "" that of the server itself; `statistics`: V2 documents by
-    endpoint.
+    endpoint. `folded`: names of processes that are no more, whose counts are in it.
     """
 
     endpoints: dict[str, str] = {}
     statistics: dict[str, list[dict[str, Any]]] = {}
+    folded: list[str] = []
 
 
 class Peers:
@@ -75,10 +77,15 @@ class Peers:
 
     async def ask(self) -> list[Snapshot]:
         """What each process has counted, this one first; of those that are no more, what does not fall."""
-        names = {path.stem for path in self._folder.iterdir()} - {self._name}
-        return [self._own(), *await asyncio.gather(*[self._ask(name) for name in sorted(names)])]
+        while True:
+            gone = _read(self._folder, GONE)
+            names = {path.stem for path in self._folder.iterdir()} - {self._name, GONE}
+            names -= {*gone.folded} if gone is not None else set()
+            found = await asyncio.gather(*[self._ask(name) for name in sorted(names)])
+            if None not in found or _read(self._folder, GONE) == gone:
+                return [one for one in (self._own(), gone, *found) if one is not None]
 
-    async def _ask(self, name: str) -> Snapshot:
+    async def _ask(self, name: str) -> Snapshot | None:
         try:
             async with asyncio.timeout(ASK_S):
                 reader, writer = await asyncio.open_unix_connection(self._folder / f"{name}.sock")
@@ -86,19 +93,54 @@ class Peers:
                 writer.close()
             return msgspec.msgpack.decode(data, type=Snapshot)
         except (OSError, TimeoutError, msgspec.MsgspecError):
-            return _grown(self._read(name))
-
-    def _read(self, name: str) -> Snapshot:
-        try:
-            return msgspec.msgpack.decode((self._folder / f"{name}.kept").read_bytes(), type=Snapshot)
-        except FileNotFoundError:
-            return Snapshot()
+            kept = _read(self._folder, name)
+            return None if kept is None else _grown(kept)
 
     def stop(self) -> None:
         """Keep the last of it; no more answers."""
         self.keep()
         if self._server is not None:
             self._server.close()
+
+
+def _read(folder: Path, name: str) -> Snapshot | None:
+    try:
+        return msgspec.msgpack.decode((folder / f"{name}.kept").read_bytes(), type=Snapshot)
+    except FileNotFoundError:
+        return None
+
+
+def fold(folder: Path, pid: int) -> None:
+    """Put what a process has counted that is no more to that of those before it. For the parent of the group alone.
+
+    Whoever adds up meanwhile counts it once: either here, or in its own file.
+
+    Args:
+        folder: Of the group.
+        pid: Of the process.
+    """
+    names = sorted({path.stem for path in folder.glob(f"{pid}-*")})
+    parts = [part for name in (GONE, *names) if (part := _read(folder, name)) is not None]
+    texts = [_grown(part).endpoints for part in parts]
+    statistics = [part.statistics for part in parts]
+    added = Snapshot(
+        endpoints={
+            one: added_texts([text[one] for text in texts if one in text])
+            for one in dict.fromkeys([one for text in texts for one in text])
+        },
+        statistics={
+            one: added_statistics([part[one] for part in statistics if one in part])
+            for one in dict.fromkeys([one for part in statistics for one in part])
+        },
+        folded=names,
+    )
+    try:
+        (folder / f"{GONE}.new").write_bytes(msgspec.msgpack.encode(added))
+        (folder / f"{GONE}.new").replace(folder / f"{GONE}.kept")
+        for path in [path for name in names for path in folder.glob(f"{name}.*")]:
+            path.unlink()
+    except OSError as error:  # a full disk: its own file still counts
+        _log.warning("what process %d has counted stays in a file of its own: %s", pid, error)
 
 
 def _grown(snapshot: Snapshot) -> Snapshot:
@@ -163,7 +205,9 @@ def added_statistics(documents: Iterable[list[dict[str, Any]]]) -> list[dict[str
 
 
 def _added(one: Any, other: Any, name: str = "") -> Any:
-    if name == "millrace":
+    if isinstance(one, bool):
+        return one or other
+    if name == "calibration":
         return one  # how the model is called, not what was counted
     if isinstance(one, dict):
         return {key: _added(one[key], other[key], key) if key in one and key in other else (one | other)[key]

@@ -49,17 +49,18 @@ class Routes:
 
     def _metadata(self, exchange: Exchange) -> None:
         info = self.plane.info
-        self._json(exchange, documents.model_metadata(info.name, self.versions, self.plane.signature))
+        plane = self.plane
+        self._json(exchange, documents.model_metadata(info.name, self.versions, plane.signature, plane.platform))
 
     def _config(self, exchange: Exchange) -> None:
-        max_batch = self.plane.batcher.max_batch
-        self._json(exchange, documents.model_config(self.plane.info.name, self.plane.signature, max_batch))
+        plane, max_batch = self.plane, self.plane.batcher.max_batch
+        self._json(exchange, documents.model_config(plane.info.name, plane.signature, max_batch, plane.platform))
 
     def statistics(self) -> list[dict[str, Any]]:
         """The model's V2 statistics."""
         plane = self.plane
         name, version = plane.info.name, plane.info.version
-        return documents.statistics(name, version, plane.metrics, plane.calibration)["model_stats"]
+        return documents.statistics(name, version, plane.metrics, plane.calibration, plane.breaker)["model_stats"]
 
     def _status(self, exchange: Exchange) -> None:
         info = self.plane.info

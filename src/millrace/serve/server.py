@@ -321,10 +321,13 @@ class Serving:
         self.service.early = self.catalog.refuse_early
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE_S}
         self.stop = asyncio.Event()
+        self.welcome = asyncio.Event()  # a socket that others share is left to them before
+        self.welcome.set()
         self.pumps: dict[DataPlane, TelemetryPump] = {}
         self._drain_s, self._telemetry_interval_s, self._parent_pid = drain_s, telemetry_interval_s, parent_pid
         self.grpc: SupportsGrpc | None = None
         self._coming: set[asyncio.Task[Any]] = set()  # connections that are being taken
+        self._opening: asyncio.Task[None] | None = None
 
     def join(self, folder: Path) -> None:
         """Add up what is counted with the other processes of a group; before `run`.
@@ -412,7 +415,7 @@ class Serving:
         """Take connections, and say so; None where `spare` is watched for them."""
         loop, server = asyncio.get_running_loop(), None
         if is_shared:
-            loop.add_reader(spare, self._accept, spare)
+            self._opening = asyncio.create_task(self._open(spare))
         else:
             make = partial(Connection, self.service)
             server = await loop.create_server(make, sock=listener, backlog=BACKLOG, **self._tls)
@@ -424,6 +427,10 @@ class Serving:
             ready["grpc_port"] = self.grpc.port
         print(json.dumps(ready), flush=True)
         return server
+
+    async def _open(self, listener: socket.socket) -> None:
+        await self.welcome.wait()
+        self._accept_again(listener)
 
     @property
     def planes(self) -> list[DataPlane]:
@@ -467,7 +474,7 @@ class Serving:
         else:
             server.close()
         with spare:
-            while self._accept(spare):
+            while self.welcome.is_set() and self._accept(spare):
                 pass
         await asyncio.gather(*self._coming, return_exceptions=True)
 

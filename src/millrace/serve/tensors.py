@@ -24,14 +24,17 @@ DATATYPES = {
     "int16": "INT16",
     "int32": "INT32",
     "int64": "INT64",
+    "bfloat16": "BF16",
     "float16": "FP16",
     "float32": "FP32",
     "float64": "FP64",
     "string": "BYTES",
 }
+_ITEM_BYTES = {"bfloat16": 2}
 _MAX_ELEMENTS = 1 << 40
 _PACK_UP_TO = 4096  # elements; a packer per size is kept
 _NUMPY = orjson.OPT_SERIALIZE_NUMPY
+MAX_DEPTH = 100  # of lists in lists
 
 
 def itemsize(spec: TensorSpec) -> int:
@@ -41,7 +44,7 @@ def itemsize(spec: TensorSpec) -> int:
         >>> itemsize(TensorSpec(name="x", dtype="int64", shape=[-1, 2]))
         8
     """
-    return 0 if spec.dtype == "string" else np.dtype(spec.dtype).itemsize
+    return _ITEM_BYTES.get(spec.dtype) or np.dtype(spec.dtype).itemsize if spec.dtype != "string" else 0
 
 
 def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> None:
@@ -59,8 +62,8 @@ def check_shape(spec: TensorSpec, shape: Any, datatype: Any) -> None:
         size == given or (size == -1 and given >= 0) for size, given in zip(spec.shape[1:], shape[1:], strict=True)
     ):
         raise InputError(f"input {spec.name!r}: want shape {spec.shape} (-1: any), got {shown(shape)}")
-    if shape[0] < 1:
-        raise InputError(f"input {spec.name!r}: want at least one row, got shape {shown(shape)}")
+    if shape[0] < 0:
+        raise InputError(f"input {spec.name!r}: want no row or some, got shape {shown(shape)}")
     if math.prod(shape) > _MAX_ELEMENTS:
         raise InputError(f"input {spec.name!r}: shape {shown(shape)} has more elements than a body can hold")
 
@@ -119,6 +122,8 @@ def read_binary(
         raise InputError(f"input {spec.name!r}: want {wanted} bytes for shape {shape}, got {size}")
     if spec.dtype == "bool":
         return (np.frombuffer(rest, dtype=np.uint8, count=count, offset=offset) != 0).reshape(shape), end
+    if spec.dtype == "bfloat16":
+        return from_bfloat16(rest[offset:end]).reshape(shape), end
     dtype = np.dtype(spec.dtype)
     if dtype.itemsize > 1 and offset % dtype.itemsize:
         return np.frombuffer(rest[offset:end], dtype=dtype).reshape(shape), end  # a copy: aligned
@@ -146,6 +151,7 @@ def _texts_from_bytes(spec: TensorSpec, shape: list[int], data: bytes) -> np.nda
 _JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "string": ((str,), "texts"),
+    "bfloat16": ((int, float), "numbers"),
     "float16": ((int, float), "numbers"),
     "float32": ((int, float), "numbers"),
     "float64": ((int, float), "numbers"),
@@ -155,6 +161,8 @@ _JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
     """A tensor from JSON: flat or nested lists; null is a missing number except in an image.
 
+    Long lists of numbers may come as what `large_json` makes of them.
+
     Raises:
         InputError: A value has another type, or there are more or fewer of them than the shape wants.
 
@@ -162,6 +170,8 @@ def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
         >>> from_json(TensorSpec(name="x", dtype="float32", shape=[-1, 2]), [2, 2], [[1, 2], [3, None]]).tolist()
         [[1.0, 2.0], [3.0, nan]]
     """
+    if isinstance(data, np.ndarray):
+        return _from_array(spec, shape, data)
     if not isinstance(data, list):
         raise InputError(f"input {spec.name!r}: want data, a list, got {shown(data)}")
     values: list[Any] = []
@@ -178,7 +188,9 @@ def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
         return np.array(values, dtype=object).reshape(shape)
     try:
         with np.errstate(over="ignore"):
-            array = np.array(values, dtype=spec.dtype).reshape(shape)  # None becomes NaN: missing
+            array = np.array(values, dtype=spec.array_dtype).reshape(shape)  # None becomes NaN: missing
+            if spec.dtype == "bfloat16":
+                array = from_bfloat16(to_bfloat16(array)).reshape(shape)
     except OverflowError:
         array = None
     if array is None or (array.dtype.kind == "f" and np.isinf(array).any()):
@@ -186,10 +198,22 @@ def from_json(spec: TensorSpec, shape: list[int], data: Any) -> np.ndarray:
     return array
 
 
+def _from_array(spec: TensorSpec, shape: list[int], values: np.ndarray) -> np.ndarray:
+    noun = _JSON_TYPES.get(spec.dtype, ((int,), "whole numbers"))[1]
+    if values.size != math.prod(shape):
+        raise InputError(f"input {spec.name!r}: want {math.prod(shape)} {noun} for shape {shape}, got {values.size}")
+    with np.errstate(over="ignore"):
+        array = values.astype(spec.array_dtype).reshape(shape)
+    is_held = np.isfinite(array).all() if array.dtype.kind == "f" else np.array_equal(array.reshape(-1), values)
+    if not is_held:
+        raise InputError(f"input {spec.name!r}: has a number that {DATATYPES[spec.dtype]} cannot hold")
+    return array
+
+
 def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) -> set[type]:
     """Values in their order, and which types they have: seen without a step of Python for each of many."""
-    if depth > 16:
-        raise InputError(f"input {spec.name!r}: data is nested more than 16 deep")
+    if depth > MAX_DEPTH:
+        raise InputError(f"input {spec.name!r}: data is nested more than {MAX_DEPTH} deep")
     kinds: set[type] = set(map(type, data))
     if list not in kinds:
         found.extend(data)
@@ -203,8 +227,37 @@ def _flatten(spec: TensorSpec, data: list[Any], found: list[Any], depth: int) ->
     return kinds
 
 
-def to_bytes(values: np.ndarray) -> bytes:
-    """A tensor's bytes; texts with their length before each."""
+def from_bfloat16(data: bytes) -> np.ndarray:
+    """Numbers of two bytes each, exactly.
+
+    Example:
+        >>> from_bfloat16(bytes([0x80, 0x3F, 0x20, 0xC0])).tolist()
+        [1.0, -2.5]
+    """
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: np.ndarray) -> bytes:
+    """Numbers in two bytes each, rounded to the nearest, a tie to the even one.
+
+    Example:
+        >>> from_bfloat16(to_bfloat16(np.array([1.0, 1.00390625, 1.01171875, np.nan]))).tolist()
+        [1.0, 1.0, 1.015625, nan]
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(bits.view(np.float32)), bits >> 16 | 0x40, rounded).astype("<u2").tobytes()
+
+
+def to_bytes(values: np.ndarray, dtype: str = "") -> bytes:
+    """A tensor's bytes; texts with their length before each.
+
+    Args:
+        values: The tensor.
+        dtype: What its specification says, where that is not what numpy holds: bfloat16.
+    """
+    if dtype == "bfloat16":
+        return to_bfloat16(values)
     if values.dtype != object:
         return values.tobytes()
     encoded = [str(value).encode() for value in values.reshape(-1)]

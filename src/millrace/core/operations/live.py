@@ -28,7 +28,8 @@ class ServeRequest(Request, frozen=True, kw_only=True):
     file, or `-` for the standard error; `trace`: the share of requests for which a trace begins.
     `tls_cert`, `tls_key`: files of the server; `tls_client_ca`: every client must bring a certificate of it;
     `token_file`: or one of these tokens, a line each; `allowed_host`: names by which clients call the server.
-    `grpc_port`: gRPC is answered there besides. `processes`: so many share the port, each with queues and quotas
+    `client_rate`: requests of one client per second; `queue_s`: predicted seconds of work behind which nobody is let
+    in. `grpc_port`: gRPC is answered there besides. `processes`: so many share the port, each with queues and quotas
     of its own.
     """
 
@@ -43,6 +44,8 @@ class ServeRequest(Request, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=0, le=256)] | None = None
     variant: str | None = None
     slo_p99_ms: Annotated[float, Meta(gt=0)] | None = None
+    client_rate: Annotated[float, Meta(ge=0)] | None = None
+    queue_s: Annotated[float, Meta(gt=0)] | None = None
     explain: bool = False
     cache: Annotated[int, Meta(ge=0)] | None = None
     capture: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -70,6 +73,8 @@ class DeployRequest(Request, frozen=True, kw_only=True):
 
     `variant`: the version's chosen one when absent. `threads` of one call, 0: found out by measuring; `slo_p99_ms`:
     batches take at most half of it, the spec's when absent. `isolate`: a serving process of its own.
+    `min_replicas`, `max_replicas`: how few and how many processes serve it, as its load needs; with 0 there is none
+    while nobody asks. The most when absent: the least, or one. Other numbers than one imply `isolate`.
     """
 
     model: str
@@ -78,6 +83,8 @@ class DeployRequest(Request, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     slo_p99_ms: Annotated[float, Meta(gt=0)] | None = None
     isolate: bool = False
+    min_replicas: Annotated[int, Meta(ge=0, le=64)] = 1
+    max_replicas: Annotated[int, Meta(ge=1, le=64)] | None = None
 
 
 class ManifestsRequest(Request, frozen=True, kw_only=True):

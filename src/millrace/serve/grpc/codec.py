@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from millrace.core.errors import InputError
 from millrace.formats.signature import TensorSpec
-from millrace.serve.batching import Job
+from millrace.serve.batching import Job, Packing
+from millrace.serve.dataplane import DataPlane
+from millrace.serve.grpc.calls import varint
 from millrace.serve.grpc.messages import message_type
 from millrace.serve.oip import Codec, timeout_of
 from millrace.serve.tensors import DATATYPES, check_shape, read_binary, to_bytes
@@ -22,6 +26,7 @@ _FIELDS = {
     "int64": "int64_contents", "uint8": "uint_contents", "uint16": "uint_contents", "uint32": "uint_contents",
     "uint64": "uint64_contents", "float32": "fp32_contents", "float64": "fp64_contents", "string": "bytes_contents",
 }  # fmt: skip
+_MAX_KNOWN, _MAX_HEAD_BYTES = 1024, 1024
 
 
 class Asked:
@@ -106,18 +111,116 @@ def _typed(spec: TensorSpec, shape: list[int], contents: Any) -> np.ndarray:
     return array.astype(dtype).reshape(shape)
 
 
-def answer(codec: Codec, asked: Asked, job: Job) -> Any:
+def answer(codec: Codec, asked: Asked, job: Job) -> bytes:
     """A `ModelInferResponse`: raw where the request was, else with typed contents."""
+    given, parameters = job.outputs, _FINAL if asked.is_final_told else b""
+    if not asked.is_raw and all(codec.outputs[name].dtype in _FIELDS for name in asked.outputs):
+        return _typed_answer(codec, asked, given) + parameters
+    parts = [_opening(codec.name, codec.version, asked.id)]
+    for name in asked.outputs:
+        values, spec = given[name], codec.outputs[name]
+        data = to_bytes(values, spec.dtype)
+        parts[1:1] = (_described(name, DATATYPES[spec.dtype], values.shape),)
+        parts.append(b"\x32" + varint(len(data)))
+        parts.append(data)
+    parts.append(parameters)
+    return b"".join(parts)
+
+
+def _typed_answer(codec: Codec, asked: Asked, given: Mapping[str, np.ndarray]) -> bytes:
     response = InferResponse(model_name=codec.name, model_version=codec.version, id=asked.id)
-    given = job.outputs
-    is_raw = asked.is_raw or any(codec.outputs[name].dtype not in _FIELDS for name in asked.outputs)
     for name in asked.outputs:
         values, spec = given[name], codec.outputs[name]
         output = response.outputs.add(name=name, datatype=DATATYPES[spec.dtype], shape=values.shape)
-        if is_raw:
-            response.raw_output_contents.append(to_bytes(values))
-        elif spec.dtype == "string":
+        if spec.dtype == "string":
             output.contents.bytes_contents.extend([str(value).encode() for value in values.reshape(-1)])
         else:
             getattr(output.contents, _FIELDS[spec.dtype]).extend(values.reshape(-1).tolist())
-    return response
+    return response.SerializeToString()
+
+
+@functools.lru_cache(maxsize=1024)
+def _opening(name: str, version: str, id: str) -> bytes:
+    return InferResponse(model_name=name, model_version=version, id=id).SerializeToString()
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    response = InferResponse()
+    response.outputs.add(name=name, datatype=datatype, shape=shape)
+    return response.SerializeToString()
+
+
+def _final() -> bytes:
+    response = InferResponse()
+    response.parameters["triton_final_response"].bool_param = True
+    return response.SerializeToString()
+
+
+_FINAL = _final()  # fields of a message may stand in any order: what was rendered before is joined
+
+
+class Repeated(NamedTuple):
+    """What a message means whose like came before."""
+
+    name: str
+    plane: DataPlane
+    packing: Packing
+    asked: Asked
+
+
+class _Known(NamedTuple):
+    head: bytes
+    repeated: Repeated | None  # None: seen once
+
+
+class Repeats:
+    """Messages that differ in the bytes of their one tensor alone, which clients send again and again.
+
+    Such a message is the same head (names, shape, parameters) and then `raw_input_contents`, its last field. With as
+    many bytes and the same head there is nothing to parse or check: it is right if the first one was.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}  # by size
+
+    def clear(self) -> None:
+        """Forget: other models are served."""
+        self._known.clear()
+
+    def find(self, data: bytes) -> tuple[Repeated, bytes] | None:
+        """What a message means, and the bytes of its tensor."""
+        known = self._known.get(len(data))
+        if known is None or known.repeated is None or not data.startswith(known.head):
+            return None
+        return known.repeated, data[len(known.head) :]
+
+    def learn(self, request: Any, data: bytes, repeated: Repeated) -> None:
+        """Remember a message that was found right, once a second one has the same head.
+
+        Args:
+            request: Parsed.
+            data: The message.
+            repeated: What it means; its tensors are not kept.
+        """
+        raw = request.raw_input_contents
+        if len(raw) != 1 or not raw[0]:
+            return
+        size = len(raw[0])
+        head = data[: len(data) - size]
+        lead = b"\x3a" + varint(size)
+        if not data.endswith(raw[0]) or not head.endswith(lead) or len(head) > _MAX_HEAD_BYTES:
+            return
+        before = self._known.get(len(data))
+        if before is None or before.head != head:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[len(data)] = _Known(head, None)
+            return
+        try:
+            rest = InferRequest.FromString(head[: -len(lead)])
+        except DecodeError:  # the field is inside another one
+            return
+        if not rest.raw_input_contents and len(rest.inputs) == 1:
+            repeated.asked.tensors = {}
+            self._known[len(data)] = _Known(head, repeated)

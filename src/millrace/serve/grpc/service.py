@@ -3,61 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
-import grpc
 from google.protobuf.message import DecodeError
 
-from millrace.core.errors import (
-    ConflictError,
-    DeadlineError,
-    InputError,
-    MillraceError,
-    NotFoundError,
-    UnavailableError,
-)
+from millrace.core.errors import MillraceError, UnavailableError
 from millrace.serve import documents
 from millrace.serve.admission import Refusal
 from millrace.serve.batching import RUN_ERRORS, Job
 from millrace.serve.catalog import KEY_HEADER, Catalog
 from millrace.serve.clients import Client
 from millrace.serve.dataplane import DataPlane
-from millrace.serve.grpc.codec import Asked, InferRequest, InferResponse, answer
+from millrace.serve.grpc.calls import Call, Request, StreamedCall
+from millrace.serve.grpc.codec import Asked, InferRequest, Repeated, Repeats, answer
+from millrace.serve.grpc.heads import CallHead, Failed, failed_with, read_head
+from millrace.serve.grpc.http2 import Connection, Stream
 from millrace.serve.grpc.messages import message_type
 from millrace.serve.oip import Codec
 from millrace.serve.revisions import Revisions
 
 NAME = "inference.GRPCInferenceService"
-Context = grpc.aio.ServicerContext[Any, Any]
-_StreamResponse = message_type("ModelStreamInferResponse")
-_Code = grpc.StatusCode
-_CODES = {
-    400: _Code.INVALID_ARGUMENT, 401: _Code.UNAUTHENTICATED, 403: _Code.PERMISSION_DENIED, 404: _Code.NOT_FOUND,
-    409: _Code.FAILED_PRECONDITION, 429: _Code.RESOURCE_EXHAUSTED, 500: _Code.INTERNAL, 503: _Code.UNAVAILABLE,
-    504: _Code.DEADLINE_EXCEEDED,
-}  # fmt: skip
-_MAX_STREAMED = 64  # requests of one stream that wait or run at once
+_INFER, _STREAM = f"/{NAME}/ModelInfer".encode(), f"/{NAME}/ModelStreamInfer".encode()
+_ANSWERED = ("infer", 200)
+Method = Callable[[Any, Mapping[bytes, bytes]], Awaitable[dict[str, Any]] | dict[str, Any]]
 
 
-class Failed(Exception):
-    """A call ends with this: HTTP's status and a sentence."""
+class InferJob(Job):
+    """A job that answers a call, or a message of a stream; all is set by `Inferences`."""
 
-    def __init__(self, status: int, message: str, retry_after_s: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.message, self.retry_after_s = status, message, retry_after_s
+    __slots__ = ("asked", "codec", "plane", "request")
+    plane: DataPlane
+    codec: Codec
+    asked: Asked
+    request: Request
 
-
-class _InferJob(Job):
-    __slots__ = ("answered",)
-    answered: asyncio.Future[None]
+    def abort(self) -> None:
+        """The client is gone."""
+        self.plane.cancel(self)
 
     def done(self) -> None:
-        if not self.answered.done():
-            self.answered.set_result(None)
+        """Answer."""
+        error = self.error
+        if error is None:
+            try:
+                message = answer(self.codec, self.asked, self)
+            except RUN_ERRORS as caught:  # outputs that are not the signature's
+                error = caught
+            else:
+                self.plane.metrics.requests[_ANSWERED] += 1
+                self.request.reply(message)
+                return
+        failed = failed_with(error)
+        self.plane.metrics.requests["infer", failed.status] += 1
+        self.request.fail(failed)
 
 
 class Inferences:
@@ -68,65 +69,104 @@ class Inferences:
     """
 
     def __init__(self, catalog: Catalog) -> None:
-        self._catalog, self._directory = catalog, catalog.directory
+        self._catalog, self._directory, self._service = catalog, catalog.directory, catalog.service
         self._codecs: WeakKeyDictionary[DataPlane, Codec] = WeakKeyDictionary()
-        self.in_flight = 0
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """For a `grpc.aio` server."""
-        methods: dict[str, Callable[[Any, Mapping[bytes, bytes]], Awaitable[Any] | Any]] = {
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._repeats = Repeats()
+        self._directory.changed.append(self._repeats.clear)
+        methods: dict[str, Method] = {
             "ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready,
             "ServerMetadata": self._metadata, "ModelMetadata": self._model_metadata, "ModelConfig": self._config,
             "ModelStatistics": self._statistics, "RepositoryIndex": self._index,
             "RepositoryModelLoad": self._load, "RepositoryModelUnload": self._unload,
         }  # fmt: skip
-        handlers = {name: grpc.unary_unary_rpc_method_handler(self._plain(name, method))
-                    for name, method in methods.items()}  # fmt: skip
-        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self.infer)
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
-        return grpc.method_handlers_generic_handler(NAME, handlers)
+        self._methods: dict[bytes, Callable[[Call, bytes], None]] = {
+            f"/{NAME}/{name}".encode(): self._plain(name, method) for name, method in methods.items()
+        }
+        self._methods |= {_INFER: self.infer, _STREAM: self.infer}
 
-    def _plain(self, name: str, method: Callable[[Any, Mapping[bytes, bytes]], Any]) -> Callable[..., Awaitable[bytes]]:
+    def connect(self) -> Connection:
+        """The protocol of a new connection."""
+        return Connection(self._service, self._read_head, self._stream)
+
+    def _read_head(self, fields: list[tuple[bytes, bytes]]) -> CallHead:
+        return read_head(fields, self._service, self._methods)
+
+    def _stream(self, connection: Connection, id: int, head: Any) -> Stream:
+        return (StreamedCall if head.target == _STREAM and not head.refusal else Call)(connection, id, head, self)
+
+    def call(self, call: Call, message: bytes) -> None:
+        """Answer the message of a call."""
+        self._methods[call.head.target](call, message)
+
+    def _plain(self, name: str, method: Method) -> Callable[[Call, bytes], None]:
         request_type, response_type = message_type(f"{name}Request"), message_type(f"{name}Response")
 
-        async def call(data: bytes, context: Context) -> bytes:
+        def call(call: Call, message: bytes) -> None:
+            headers = call.head.headers
             try:
-                request, headers = _parsed(request_type, data), _headers(context)
-                self._check(name, request, headers)
+                request = _parsed(request_type, message)
+                self._check(name, getattr(request, "name", "") or getattr(request, "model_name", ""), headers)
                 found = method(request, headers)
-                fields = await found if asyncio.iscoroutine(found) else found
-                return response_type(**fields).SerializeToString()
             except Failed as failed:
-                await _abort(context, failed)
+                call.fail(failed)
             except MillraceError as error:
-                await _abort(context, failed_with(error))
-            raise AssertionError("an aborted call does not go on")
+                call.fail(failed_with(error))
+            else:
+                if isinstance(found, dict):
+                    reply(call, found)
+                else:
+                    self._begin(wait(call, found), call)
+
+        def reply(call: Call, fields: dict[str, Any]) -> None:
+            self._service.refused(200)
+            call.reply(response_type(**fields).SerializeToString())
+
+        async def wait(call: Call, found: Awaitable[dict[str, Any]]) -> None:
+            reply(call, await found)
 
         return call
 
+    def _begin(self, work: Any, request: Request) -> None:
+        """Do what takes a while; an error of it is the request's."""
+
+        async def run() -> None:
+            try:
+                await work
+            except Failed as failed:
+                request.fail(failed)
+            except MillraceError as error:
+                request.fail(failed_with(error))
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # ------------------------------------------------------------------ who asks
 
-    def _check(self, method: str, request: Any, headers: Mapping[bytes, bytes]) -> None:
+    def _check(self, method: str, name: str, headers: Mapping[bytes, bytes]) -> None:
         """Ask the guard about the path that means the same over HTTP."""
-        guard = self._catalog.service.guard
+        guard = self._service.guard
         if guard is None or method in ("ServerLive", "ServerReady"):
             return
-        name = getattr(request, "name", "") or getattr(request, "model_name", "")
         path = f"/v2/models/{quote(name, safe='')}" if name else "/v2"
         denial = guard.check(path.encode(), headers)
         if denial is not None:
             raise Failed(denial.status, denial.message)
 
-    def _client(self, context: Context, headers: Mapping[bytes, bytes]) -> Client | None:
-        service = self._catalog.service
+    def _client(self, request: Request) -> Client | None:
+        service = self._service
         if service.clients is None:
             return None
-        if service.guard is not None:
-            return service.clients.find(service.guard.who(headers))
-        return service.clients.of_address(unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]"))
+        if service.guard is None:
+            return service.clients.of_address(request.connection.peer)
+        head = request.head
+        if head.client is None:
+            head.client = service.clients.find(service.guard.who(head.headers))
+        return head.client
 
     def _visible(self, headers: Mapping[bytes, bytes]) -> list[Revisions]:
-        guard = self._catalog.service.guard
+        guard = self._service.guard
         return [one for one in self._directory if guard is None or guard.sees(headers, one.name)]
 
     # ------------------------------------------------------------------ documents
@@ -153,11 +193,12 @@ class Inferences:
     def _model_metadata(self, request: Any, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
         plane = self._plane(request.name, request.version)
         versions = list(self._directory.find(request.name).all)
-        return documents.model_metadata(plane.info.name, versions, plane.signature)
+        return documents.model_metadata(plane.info.name, versions, plane.signature, plane.platform)
 
     def _config(self, request: Any, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
         plane = self._plane(request.name, request.version)
-        return {"config": documents.model_config(plane.info.name, plane.signature, plane.batcher.max_batch)}
+        max_batch = plane.batcher.max_batch
+        return {"config": documents.model_config(plane.info.name, plane.signature, max_batch, plane.platform)}
 
     def _statistics(self, request: Any, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
         if request.version:
@@ -173,7 +214,7 @@ class Inferences:
 
     def _index(self, request: Any, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
         visible = {endpoint.name for endpoint in self._visible(headers)}
-        is_guarded = self._catalog.service.guard is not None
+        is_guarded = self._service.guard is not None
         rows = self._catalog.loading.repository.index()
         return {"models": [
             row for row in rows
@@ -190,115 +231,108 @@ class Inferences:
 
     # ------------------------------------------------------------------ inference
 
-    async def infer(self, data: bytes, context: Context) -> bytes:
-        """`ModelInfer`."""
-        self.in_flight += 1
+    def early(self, call: Call, beginning: bytes, size: int) -> bool:
+        """Whether a large `ModelInfer` was refused by its beginning, where its model's name stands."""
+        name = name_of(beginning) if call.head.target == _INFER else None
+        if name is None:
+            return False
         try:
-            request = _parsed(InferRequest, data)
-            response = await self._infer(request, len(data), context, _headers(context))
-            return response.SerializeToString()
+            self._check("ModelInfer", name, call.head.headers)
         except Failed as failed:
-            await _abort(context, failed)
-            raise AssertionError("an aborted call does not go on") from None
-        finally:
-            self.in_flight -= 1
-
-    async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """`ModelStreamInfer`: answers in the order of the requests; one that fails does not end the stream."""
-        headers = _headers(context)
-        tasks: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_MAX_STREAMED)
-
-        async def read() -> None:
-            async for data in requests:
-                await tasks.put(asyncio.create_task(self._streamed(data, context, headers)))
-            await tasks.put(None)
-
-        self.in_flight += 1
-        reader = asyncio.create_task(read())
-        try:
-            while (task := await tasks.get()) is not None:
-                yield await task
-        finally:
-            self.in_flight -= 1
-            reader.cancel()
-            while not tasks.empty():
-                if (left := tasks.get_nowait()) is not None:
-                    left.cancel()
-
-    async def _streamed(self, data: bytes, context: Context, headers: Mapping[bytes, bytes]) -> bytes:
-        id = ""
-        try:
-            request = _parsed(InferRequest, data)
-            id = request.id
-            response = await self._infer(request, len(data), context, headers)
-            return _StreamResponse(infer_response=response).SerializeToString()
-        except Failed as failed:
-            return _StreamResponse(
-                error_message=failed.message, infer_response=InferResponse(id=id)
-            ).SerializeToString()
-
-    async def _infer(self, request: Any, size_bytes: int, context: Context, headers: Mapping[bytes, bytes]) -> Any:
-        self._check("ModelInfer", request, headers)
-        began_ns = time.perf_counter_ns()
-        try:
-            plane = await self._find(request, headers)
-        except MillraceError as error:
-            raise failed_with(error) from None
-        try:
-            client = self._client(context, headers)
-            refusal = plane.refusal(size_bytes, 0, client)
-            if refusal is not None:
-                raise await self._refused(plane, refusal)
-            codec = self._codec(plane)
-            asked = Asked(request, codec)
-            job = _InferJob(asked.tensors, size_bytes)
-            job.client = client
-            job.deadline_ns = _deadline_ns(began_ns, context.time_remaining(), asked.timeout_us)
-            await self._run(plane, job)
-            response = answer(codec, asked, job)
-            if asked.is_final_told:
-                response.parameters["triton_final_response"].bool_param = True
-        except Failed as failed:
-            plane.metrics.requests["infer", failed.status] += 1
-            raise
-        except RUN_ERRORS as error:
-            failed = failed_with(error)
-            plane.metrics.requests["infer", failed.status] += 1
-            raise failed from None
-        plane.metrics.requests["infer", 200] += 1
-        return response
-
-    async def _run(self, plane: DataPlane, job: _InferJob) -> None:
-        job.answered = asyncio.get_running_loop().create_future()
-        refusal = plane.submit(job)
+            call.fail(failed)
+            return True
+        if name not in self._directory:
+            return False
+        plane = self._directory.find(name).primary
+        refusal = plane.refusal(size, len(call.connection.streams) - 1, self._client(call))
         if refusal is not None:
-            raise await self._refused(plane, refusal)
+            self._refuse(call, plane, refusal)
+        return refusal is not None
+
+    def infer(self, request: Request, message: bytes) -> None:
+        """`ModelInfer`, or a message of `ModelStreamInfer`."""
+        known = self._repeats.find(message)
         try:
-            await job.answered
-        except asyncio.CancelledError:  # the client is gone
-            plane.cancel(job)
-            raise
-        if job.error is not None:
-            raise job.error
+            if known is not None:
+                repeated, data = known
+                self._check("ModelInfer", repeated.name, request.head.headers)
+                job = InferJob(None, len(message), repeated.packing, data)
+                self._submit(request, repeated.plane, repeated.asked, job)
+                return
+            asked = _parsed(InferRequest, message)
+            request.request_id = asked.id
+            self._check("ModelInfer", asked.model_name, request.head.headers)
+            plane = self._find(asked.model_name, asked.model_version, request.head.headers)
+            if plane is None:
+                self._begin(self._awaited(request, asked, message), request)
+            else:
+                self._decode(request, plane, asked, message)
+        except Failed as failed:
+            request.fail(failed)
+        except MillraceError as error:
+            request.fail(failed_with(error))
 
-    async def _refused(self, plane: DataPlane, refusal: Refusal) -> Failed:
-        """The refusal, held back as HTTP's are."""
-        turn = asyncio.Event()
-        if self._catalog.service.pacer.hold(turn.set, plane.admission.hold_s):
-            await turn.wait()
-        return Failed(refusal.status, refusal.message, refusal.retry_after_s)
+    async def _awaited(self, request: Request, asked: Any, message: bytes) -> None:
+        """Once its model is loaded."""
+        await self._catalog.loading.repository.ensure(asked.model_name)
+        plane = self._find(asked.model_name, asked.model_version, request.head.headers)
+        assert plane is not None
+        self._decode(request, plane, asked, message)
 
-    async def _find(self, request: Any, headers: Mapping[bytes, bytes]) -> DataPlane:
-        name = request.model_name
+    def _find(self, name: str, version: str, headers: Mapping[bytes, bytes]) -> DataPlane | None:
+        """Which plane is to answer; None: its model will be loaded now."""
         try:
             endpoint = self._directory.find(name)
         except UnavailableError:
-            repository = self._catalog.loading.repository
-            if not repository.awaits(name):
-                raise
-            await repository.ensure(name)
-            endpoint = self._directory.find(name)
-        return endpoint.at(request.model_version) if request.model_version else endpoint.pick(headers.get(KEY_HEADER))
+            if self._catalog.loading.repository.awaits(name):
+                return None
+            raise
+        return endpoint.at(version) if version else endpoint.pick(headers.get(KEY_HEADER))
+
+    def _decode(self, request: Request, plane: DataPlane, message: Any, data: bytes) -> None:
+        refusal = plane.refusal(len(data), len(request.connection.streams) - 1, self._client(request))
+        if refusal is not None:
+            self._refuse(request, plane, refusal)
+            return
+        codec = self._codec(plane)
+        try:
+            asked = Asked(message, codec)
+        except RUN_ERRORS as error:
+            request.info = plane.info
+            failed = failed_with(error)
+            plane.metrics.requests["infer", failed.status] += 1
+            request.fail(failed)
+            return
+        job = InferJob(asked.tensors, len(data))
+        if codec.packing is not None and (message.model_version or self._directory.find(message.model_name).is_single):
+            self._repeats.learn(message, data, Repeated(message.model_name, plane, codec.packing, asked))
+        self._submit(request, plane, asked, job)
+
+    def _submit(self, request: Request, plane: DataPlane, asked: Asked, job: InferJob) -> None:
+        """Queue a job that will answer, or refuse it."""
+        request.request_id, request.info = asked.id, plane.info
+        request.waiting = job
+        if self._service.access_log is not None:
+            request.job = job
+        job.plane, job.codec, job.asked, job.request = plane, self._codec(plane), asked, request
+        job.client = self._client(request)
+        job.deadline_ns = deadline_ns(request.began_ns, request.call_head.timeout_ns, asked.timeout_us)
+        refusal = plane.submit(job, len(request.connection.streams) - 1)
+        if refusal is not None:
+            request.waiting = None
+            self._refuse(request, plane, refusal)
+
+    def _refuse(self, request: Request, plane: DataPlane, refusal: Refusal) -> None:
+        """The refusal, held back as HTTP's are."""
+        request.info = plane.info
+        failed = Failed(refusal.status, refusal.message, refusal.retry_after_s)
+
+        def send() -> None:
+            plane.metrics.requests["infer", failed.status] += 1
+            request.fail(failed)
+
+        if not self._service.pacer.hold(send, plane.admission.hold_s):
+            send()
 
     def _codec(self, plane: DataPlane) -> Codec:
         codec = self._codecs.get(plane)
@@ -314,45 +348,25 @@ def _parsed(kind: Any, data: bytes) -> Any:
         raise Failed(400, f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
-def _headers(context: Context) -> dict[bytes, bytes]:
-    """Metadata as HTTP's headers."""
-    return {
-        key.encode(): value.encode() if isinstance(value, str) else value
-        for key, value in context.invocation_metadata() or ()
-    }
+def name_of(beginning: bytes) -> str | None:
+    """The model's name, where a request's first bytes tell it.
+
+    Example:
+        >>> name_of(InferRequest(model_name="digits", id="7").SerializeToString()), name_of(b"")
+        ('digits', None)
+    """
+    if len(beginning) < 2 or beginning[0] != 0x0A or beginning[1] > 0x7F or len(beginning) < 2 + beginning[1]:
+        return None
+    return beginning[2 : 2 + beginning[1]].decode("utf-8", "replace")
 
 
-def _deadline_ns(began_ns: int, left_s: float | None, timeout_us: int) -> int:
+def deadline_ns(began_ns: int, timeout_ns: int, timeout_us: int) -> int:
     """The earlier of the call's deadline and of the request's parameter; 0: none.
 
     Example:
-        >>> _deadline_ns(1000, 1e-3, 5), _deadline_ns(1000, None, 0)
+        >>> deadline_ns(1000, 1_000_000, 5), deadline_ns(1000, 0, 0)
         (6000, 0)
     """
-    limits = [int(left_s * 1e9)] if left_s is not None and left_s < 86_400 else []
-    limits += [timeout_us * 1000] if timeout_us else []
-    return began_ns + max(1, min(limits)) if limits else 0
-
-
-def failed_with(error: Exception) -> Failed:
-    """How a call ends with an error: as over HTTP.
-
-    Example:
-        >>> failed_with(InputError("want a row")).status, failed_with(KeyError("x")).status
-        (400, 500)
-    """
-    if not isinstance(error, MillraceError):
-        return Failed(500, f"the model failed on this request: {type(error).__name__}: {error}"[:500])
-    kinds = (
-        (InputError, 400),
-        (NotFoundError, 404),
-        (ConflictError, 409),
-        (DeadlineError, 504),
-        (UnavailableError, 503),
-    )
-    return Failed(next((status for kind, status in kinds if isinstance(error, kind)), 500), error.message)
-
-
-async def _abort(context: Context, failed: Failed) -> None:
-    metadata = (("retry-after", str(failed.retry_after_s)),) if failed.retry_after_s else ()
-    await context.abort(_CODES.get(failed.status, _Code.INTERNAL), failed.message, metadata)
+    if not timeout_us:
+        return began_ns + timeout_ns if timeout_ns else 0
+    return began_ns + min(timeout_ns or timeout_us * 1000, timeout_us * 1000)

@@ -48,8 +48,8 @@ def declared(given: Mapping[str, Any], place: str) -> Declared:
         ('classification', 'probabilities', [-1, 2])
         >>> declared({"inputs": {"x": ("float23", [-1, 4])}}, "Spam")
         Traceback (most recent call last):
-        millrace.core.errors.InputError: Spam.inputs['x']: want one of float16, float32, float64, int8, int16, \
-int32, int64, uint8, uint16, uint32, uint64, bool, string, got 'float23'
+        millrace.core.errors.InputError: Spam.inputs['x']: want one of bfloat16, float16, float32, float64, int8, \
+int16, int32, int64, uint8, uint16, uint32, uint64, bool, string, got 'float23'
     """
     if not given.get("inputs"):
         raise InputError(f'{place} does not say its inputs: want inputs = {{"x": ("float32", [-1, 4])}}, got nothing')
@@ -122,15 +122,16 @@ def as_tensor(spec: TensorSpec, value: Any, place: str) -> np.ndarray:
         Traceback (most recent call last):
         millrace.core.errors.InputError: predict: 'y': want int64, got float64
     """
+    wants = spec.array_dtype
     values = np.asarray(value, dtype=object if spec.dtype == "string" else None)
-    if spec.dtype != "string" and values.dtype != spec.dtype:
+    if spec.dtype != "string" and values.dtype != wants:
         is_exact = isinstance(value, np.ndarray)
         casting = "same_kind" if is_exact or values.dtype.kind != "i" else "unsafe"
-        if not np.can_cast(values.dtype, spec.dtype, casting=casting) or (
-            values.dtype.kind == "f" and np.dtype(spec.dtype).kind != "f"
+        if not np.can_cast(values.dtype, wants, casting=casting) or (
+            values.dtype.kind == "f" and np.dtype(wants).kind != "f"
         ):
             raise InputError(f"{place}: want {spec.dtype}, got {values.dtype}")
-        values = values.astype(spec.dtype)
+        values = values.astype(wants)
     wanted = spec.shape
     fits = values.ndim == len(wanted) and all(w in (-1, g) for w, g in zip(wanted, values.shape, strict=True))
     if not fits:

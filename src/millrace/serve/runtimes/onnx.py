@@ -32,6 +32,8 @@ class OnnxRuntime:
         expected_digest: The tree's digest that the caller wants.
     """
 
+    platform = "onnxruntime_onnx"
+
     def __init__(
         self,
         folder: Path,

@@ -60,6 +60,11 @@ class PythonRuntime:
         self._is_closed = False
 
     @property
+    def platform(self) -> str:
+        """What runs the model: the user's class, or PyTorch with the folder's weights."""
+        return "python" if self._order.attribute else "pytorch_safetensors"
+
+    @property
     def signature(self) -> Signature:
         """As declared; only after `load`."""
         return self.declared.signature
