@@ -145,6 +145,13 @@ def test_an_heir_goes_on_where_the_leader_before_it_stored() -> None:
     assert facts["mirrored"] == {"mirrored_rows": 7.0, "mirrored_max_difference": 1.0}
 
 
+def test_the_largest_difference_is_that_of_one_replica_not_of_all_together() -> None:
+    canary = Canary(RUNNING)
+    for process, more in ((7, 0.5), (8, 0.4), (7, 0.2)):  # each tells by how much its own largest has grown
+        canary.take(frame("2", 10, mirrored_rows=1.0, mirrored_max_difference=more), process)
+    assert canary.facts(0.0)["mirrored"] == {"mirrored_rows": 3.0, "mirrored_max_difference": 0.7}
+
+
 def test_more_requests_gather_evidence_anew_for_the_promotion_alone() -> None:
     canary = Canary(changed(RUNNING, facts={"evidence": msgspec.to_builtins(BAD)}))
     canary.step()

@@ -118,6 +118,16 @@ def test_a_large_request_runs_in_slices() -> None:
     assert infer.batches == [8, 8, 5]
 
 
+@pytest.mark.parametrize("error", [AttributeError, AssertionError, RuntimeWarning])
+def test_whatever_a_model_raises_ends_in_an_answer(error: type[Exception]) -> None:
+    def infer(tensors: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        raise error("odd")
+
+    jobs = [Collected([1.0]), Collected([2.0])]
+    run(jobs, infer)
+    assert [type(job.error) for job in jobs] == [error, error]
+
+
 def test_rows_of_different_shapes_are_batched_with_their_like() -> None:
     double = Doubler()
     jobs = [Collected([float(n)]) for n in range(6)]

@@ -7,6 +7,7 @@ writes carries the lease's token, so that a leader that was replaced while it sl
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -62,16 +63,16 @@ class Loop:
         self._backups = ScheduledBackups(services)
         self._heads = HeadSigner(services)
         self._stop = threading.Event()
-        self._awake = threading.Event()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # which a signal handler may use
 
     def stop(self) -> None:
         """End soon; from any thread or signal handler."""
         self._stop.set()
-        self._awake.set()
+        self.wake()
 
     def wake(self) -> None:
-        """Begin the next round at once; from any thread."""
-        self._awake.set()
+        """Begin the next round at once; from any thread or signal handler."""
+        self._wakes.put(None)
 
     def run(self) -> None:
         """Lead whenever nobody else does, until stopped."""
@@ -108,9 +109,17 @@ class Loop:
             if not self._tick(keeper.lease, ticks):
                 return
             ticks += 1
-            if self._awake.wait(TICK_S):
-                self._stop.wait(WAKE_S)
-                self._awake.clear()
+            self._pause()
+
+    def _pause(self) -> None:
+        """Until the next round is due, or something wakes it."""
+        try:
+            self._wakes.get(timeout=TICK_S)
+        except queue.Empty:
+            return
+        self._stop.wait(WAKE_S)
+        while not self._wakes.empty():
+            self._wakes.get()
 
     def _tick(self, lease: Lease, ticks: int) -> bool:
         """One round; a part that fails does not keep the others from their turn. False: another one leads."""

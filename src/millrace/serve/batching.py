@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from millrace.core.errors import DeadlineError, MillraceError
+from millrace.core.errors import DeadlineError
 from millrace.core.types import Struct
 from millrace.serve.calibrate import TICK_LIMIT_S, Cost, Infer, Tensors, calibrate
 from millrace.serve.clients import Client
@@ -18,8 +18,7 @@ from millrace.serve.layouts import Plan, Switch
 
 __all__ = ["Batcher", "Call", "Cost", "Infer", "Job", "Outputs", "Packing", "Tensors", "calibrate", "finish_jobs"]
 YIELD_AFTER_S = 5e-3  # the loop gets its turn between inline batches after so long
-# what a runtime may raise for an input: one batch fails, never the server
-RUN_ERRORS = (MillraceError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+RUN_ERRORS = (Exception,)  # what a runtime may raise for an input: one batch fails, never the server
 
 
 class Packing(Struct, frozen=True):

@@ -15,13 +15,14 @@ _LISTEN_STATE = "0A"
 BACKLOG = 1024
 
 
-def bind(host: str, port: int, *, is_guarded: bool = False) -> socket.socket:
+def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = False) -> socket.socket:
     """A listening socket.
 
     Args:
         host: A loopback address or `localhost`; where it is guarded any of this machine.
         port: 0 takes a free one.
         is_guarded: Whether every request is asked for a token, and none travels in the open.
+        is_shared: Other processes of this user may listen there too; the system deals connections out.
 
     Raises:
         InputError: The host is not loopback, or not of this machine, or the port may not be used.
@@ -31,6 +32,8 @@ def bind(host: str, port: int, *, is_guarded: bool = False) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((address, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -227,10 +227,11 @@ def open_serving(config: ServerConfig, names: Iterable[str]) -> Serving:
     if config.peers:
         serving.join(Path(config.peers))
     if config.grpc_port is not None:
-        if config.listen_fd >= 0:
-            raise InputError("gRPC wants one serving process", hint="leave out --processes, or --grpc-port")
+        is_shared = config.listen_fd >= 0
+        if is_shared and not config.grpc_port:
+            raise InputError("several processes want one port for gRPC, got 0", hint="name it: --grpc-port 8081")
         certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
-        serving.speak_grpc(config.host, config.grpc_port, certificate, config.is_guarded)
+        serving.speak_grpc(config.host, config.grpc_port, certificate, config.is_guarded, is_shared)
     return serving
 
 
@@ -354,7 +355,9 @@ class Serving:
         elif trace_share > 0:
             service.exchange_type = TracedExchange
 
-    def speak_grpc(self, host: str, port: int, certificate: tuple[str, str, str], is_guarded: bool) -> None:
+    def speak_grpc(
+        self, host: str, port: int, certificate: tuple[str, str, str], is_guarded: bool, is_shared: bool = False
+    ) -> None:
         """Answer gRPC besides, at a port of its own; before `run`.
 
         Args:
@@ -362,15 +365,18 @@ class Serving:
             port: 0 takes a free one.
             certificate: Files of the certificate, its key and the clients' authority; empty: none.
             is_guarded: Whether every request is asked who sends it, and none travels in the open.
+            is_shared: Other processes listen at the same port.
 
         Raises:
-            ExtraMissingError: grpcio is not installed.
+            ExtraMissingError: What it needs is not installed.
             InputError: The host is not loopback, or the certificate cannot be used.
             UnavailableError: The port is busy.
         """
-        extras.require([("grpc", "grpc")], "serving gRPC")
+        extras.require([("hpack", "grpc"), ("google.protobuf", "grpc")], "serving gRPC")
         server = extras.load("millrace.serve.grpc.listener:GrpcServer")
-        self.grpc = server(self.catalog, host, port, certificate=certificate, is_guarded=is_guarded)
+        self.grpc = server(
+            self.catalog, host, port, certificate=certificate, is_guarded=is_guarded, is_shared=is_shared
+        )
 
     async def run(self, listener: socket.socket, is_shared: bool = False) -> int:
         """Serve until told to stop.

@@ -116,15 +116,13 @@ def answer(codec: Codec, asked: Asked, job: Job) -> bytes:
     given, parameters = job.outputs, _FINAL if asked.is_final_told else b""
     if not asked.is_raw and all(codec.outputs[name].dtype in _FIELDS for name in asked.outputs):
         return _typed_answer(codec, asked, given) + parameters
-    parts = [_opening(codec.name, codec.version, asked.id)]
+    described, contents = [_opening(codec.name, codec.version, asked.id)], []
     for name in asked.outputs:
         values, spec = given[name], codec.outputs[name]
         data = to_bytes(values, spec.dtype)
-        parts[1:1] = (_described(name, DATATYPES[spec.dtype], values.shape),)
-        parts.append(b"\x32" + varint(len(data)))
-        parts.append(data)
-    parts.append(parameters)
-    return b"".join(parts)
+        described.append(_described(name, DATATYPES[spec.dtype], values.shape))
+        contents += b"\x32" + varint(len(data)), data
+    return b"".join([*described, parameters, *contents])
 
 
 def _typed_answer(codec: Codec, asked: Asked, given: Mapping[str, np.ndarray]) -> bytes:
