@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.serve.access import Caller, Guard
-from millrace.serve.admission import LEARN_S, Admission, Pacer, Refusal
+from millrace.serve.admission import LEARN_S, LONGEST_S, Admission, Pacer, Refusal
 from millrace.serve.batching import Cost
 from millrace.serve.clients import Client, Clients
 from millrace.serve.service import HttpLimits
@@ -244,6 +244,22 @@ def test_refusals_leave_one_after_the_other_and_not_too_many_are_held() -> None:
         assert pacer.hold(lambda: sent.append(0.0), 0.0)
         await asyncio.sleep(0.01)
         assert len(sent) == 21
+
+    asyncio.run(main())
+
+
+def test_refusals_of_large_bodies_leave_more_slowly_but_none_is_held_for_ever() -> None:
+    async def main() -> None:
+        pacer = Pacer(per_s=1000, bytes_per_s=1e6)
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            pacer.hold(lambda: None, 0.0, 100_000)
+        assert pacer._held[-1][0] - loop.time() == pytest.approx(0.2, abs=0.02), "a tenth of a second each"
+        for _ in range(100):
+            pacer.hold(lambda: None, 0.0, 100_000)
+        assert pacer._held[-1][0] - loop.time() <= LONGEST_S + 0.1
+        dues = [due for due, _ in pacer._held]
+        assert dues == sorted(dues)
 
     asyncio.run(main())
 

@@ -16,6 +16,8 @@ RETRY_AFTER_MAX_S = 30
 QUEUE_S = 1.0
 LEARN_S = 0.1  # for so long there must have been something to do before a measured speed counts
 REFUSALS_PER_S = 1000.0  # of all clients together: answering a refusal costs about 30 us
+REFUSED_BYTES_PER_S = 32e6  # of their bodies: receiving a megabyte costs a millisecond or more of both sides
+LONGEST_S = 5.0  # for the sake of a body no refusal is held longer
 MAX_HELD = 2048
 
 
@@ -233,33 +235,39 @@ class Pacer:
 
     A refused client that retries at once can take the cores that the model needs (measured: goodput
     fell from 83 to 46 answers a second). So each is held for a while, and longer while there are many:
-    no more than `per_s` leave in a second.
+    no more than `per_s` leave in a second, and fewer where the client would then send a large body in vain again.
 
     Args:
         per_s: Refusals that leave in a second.
         limit: That are held at once.
+        bytes_per_s: Of the bodies of those that leave in a second, while none is held for longer than `LONGEST_S`.
     """
 
-    def __init__(self, per_s: float = REFUSALS_PER_S, limit: int = MAX_HELD) -> None:
+    def __init__(
+        self, per_s: float = REFUSALS_PER_S, limit: int = MAX_HELD, bytes_per_s: float = REFUSED_BYTES_PER_S
+    ) -> None:  # fmt: skip
         self.limit = limit
-        self._gap_s = 1 / per_s
+        self._gap_s, self._byte_s = 1 / per_s, 1 / bytes_per_s
         self._held: deque[tuple[float, Callable[[], None]]] = deque()
         self._last_due_s = 0.0
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def hold(self, send: Callable[[], None], hold_s: float) -> bool:
+    def hold(self, send: Callable[[], None], hold_s: float, size_bytes: int = 0) -> bool:
         """Call `send` later; False when too many are held: then it is never called.
 
         Args:
             send: Sends the refusal.
             hold_s: From now at least.
+            size_bytes: Of the body that is refused.
         """
         if len(self._held) >= self.limit:
             return False
         loop = asyncio.get_running_loop()
-        self._last_due_s = max(loop.time() + hold_s, self._last_due_s + self._gap_s)
+        now_s, gap_s = loop.time(), max(self._gap_s, size_bytes * self._byte_s)
+        soonest_s = self._last_due_s + (gap_s if self._last_due_s + gap_s < now_s + LONGEST_S else self._gap_s)
+        self._last_due_s = max(now_s + hold_s, soonest_s)
         self._held.append((self._last_due_s, send))
         if len(self._held) == 1:
             loop.call_at(self._last_due_s, self._fire)

@@ -38,12 +38,15 @@ _SINGLE_HEADERS = frozenset(
 class _Refused(Exception):
     """Raised in a parser's callback to stop the parsing; never leaves this module."""
 
-    def __init__(self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0) -> None:
+    def __init__(
+        self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0, size_bytes: int = 0
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = headers
         self.hold_s = hold_s
+        self.size_bytes = size_bytes
 
 
 class Connection(asyncio.Protocol):
@@ -306,7 +309,7 @@ class Connection(asyncio.Protocol):
         head = Head(self._parser.get_method(), self._target, self._headers, self.service.handler)
         refusal = self.service.early(self._target, size_bytes, len(self.queue), self.client_of(head))
         if refusal is not None:
-            raise _Refused(refusal.status, refusal.message, refusal.headers, _HOLD_S)
+            raise _Refused(refusal.status, refusal.message, refusal.headers, _HOLD_S, size_bytes)
 
     def _head_too_large(self) -> str:
         return f"want a request head of at most {self.service.limits.max_head_bytes} bytes"
@@ -393,14 +396,16 @@ class Connection(asyncio.Protocol):
     def _refuse_after(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
         if isinstance(cause, _Refused):
-            self._refuse(cause.status, cause.message, cause.headers, cause.hold_s)
+            self._refuse(cause.status, cause.message, cause.headers, cause.hold_s, cause.size_bytes)
         elif isinstance(error, httptools.HttpParserCallbackError):
             _log.error("a request handler failed", exc_info=cause)  # our own bug: this client, not the server
             self._refuse(500, "internal error; the server's log says more")
         else:
             self._refuse(400, f"malformed HTTP: {error}")
 
-    def _refuse(self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0) -> None:
+    def _refuse(
+        self, status: int, message: str, headers: bytes = b"", hold_s: float = 0.0, size_bytes: int = 0
+    ) -> None:  # fmt: skip
         """Answer what cannot be parsed, after the answers before it, and close."""
         if self._is_closing:
             return  # after the last request: nobody is to be told
@@ -417,7 +422,7 @@ class Connection(asyncio.Protocol):
                 self.release()
             exchange.reply_error(status, message, headers)
 
-        if hold_s and self.service.pacer.hold(send, hold_s):
+        if hold_s and self.service.pacer.hold(send, hold_s, size_bytes):
             self.hold()
         else:
             exchange.reply_error(status, message, headers)

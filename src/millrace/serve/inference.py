@@ -264,13 +264,14 @@ class Inference:
     def _refuse(self, exchange: Exchange, route: str, refusal: Refusal) -> None:
         """Hold the refusal back and read nothing meanwhile: a retry storm must not take the cores."""
         connection = exchange.connection
+        size_bytes = len(exchange.data)
         exchange.data, exchange.body_at = b"", 0  # it is held without its body
 
         def send() -> None:
             connection.release()
             self._fail_with(exchange, route, refusal.status, refusal.message, refusal.headers)
 
-        if connection.service.pacer.hold(send, self.plane.admission.hold_s):
+        if connection.service.pacer.hold(send, self.plane.admission.hold_s, size_bytes):
             connection.hold()
         else:  # who is cut off has to connect again: that is a pause too
             exchange.keep_alive = False
