@@ -23,7 +23,7 @@ DAY = "MILLRACE_TEST_DAY"  # set once, so that all processes of a run choose the
 ALTERNATING = {
     "api/mlflow/test_mlflow_clients.py": 2, "api/mlflow/test_mlflow_import_servers.py": 2,
     "api/pages/test_browser.py": 2, "api/test_endpoints.py": 2, "api/test_faults.py": 2, "api/test_leader.py": 2,
-    "api/test_network.py": 2, "api/test_proxies.py": 2, "api/test_rollout.py": 2, "api/test_up.py": 2,
+    "api/test_network.py": 2, "api/test_proxies.py": 2, "api/test_replicas.py": 2, "api/test_rollout.py": 2, "api/test_up.py": 2,
     "api/test_workers.py": 3, "cli/test_login.py": 2, "cli/test_two_terminals.py": 2, "compress/test_recipes.py": 2,
     "control/test_backup.py": 2, "control/test_dossier.py": 2, "control/test_gc.py": 2, "data/test_fuzz.py": 2,
     "e2e/test_canaries.py": 2, "e2e/test_own_model.py": 2, "e2e/test_stories.py": 2, "house/test_wheel.py": 2,

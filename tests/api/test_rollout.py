@@ -151,6 +151,7 @@ def test_a_candidate_that_fails_is_rolled_back_by_itself(team: Team) -> None:
     after = team.call("endpoint.get", name="bad")
     assert (after.number, after.state) == (1, "ready")
     assert ended.facts["evidence"]["candidate"]["errors"] > 0
+    team.expect("bad", lambda _: events(team, "endpoint.abort", "bad"), "its event is sealed")
     (event,) = events(team, "endpoint.abort", "bad")
     assert event.actor == "system:rollout"
     shown = team.command("endpoints", "status", "bad")

@@ -16,12 +16,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from millrace.core.errors import MillraceError
 from millrace.serve.child import ChildConfig
 from millrace.serve.listen import bind
+from millrace.serve.peers import fold
 from millrace.serve.process import ServerProcess
 from millrace.serve.telemetry import TelemetryFrame, TelemetryWriter
 
@@ -83,6 +85,7 @@ class Member:
             self._starting = None
         if self._process is not None and self._process.exit_code is not None:
             code = self._process.wait()
+            fold(Path(self._config.server.peers), self._process.pid)
             self._process = None
             self._crashes = 1 if now_s - self._started_s >= STEADY_S else self._crashes + 1
             self._due_s = now_s + wait_before(self._crashes)
