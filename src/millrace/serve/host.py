@@ -166,7 +166,8 @@ async def _serve(config: HostConfig, lines_of: Callable[[], Any]) -> int:
         serving.welcome.clear()
     if config.grpc_port is not None:
         certificate = (config.tls_cert, config.tls_key, config.tls_client_ca)
-        serving.speak_grpc(config.host, config.grpc_port, certificate, is_asked and tls is not None)
+        is_shared = config.listen_fd >= 0
+        serving.speak_grpc(config.host, config.grpc_port, certificate, is_asked and tls is not None, is_shared)
     lines = await lines_of()
     tasks = [asyncio.create_task(Host(config, serving).follow(lines))]
     if service.guard is not None:

@@ -16,7 +16,7 @@ BACKLOG = 1024
 
 
 def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = False) -> socket.socket:
-    """A listening socket.
+    """A listening socket; one that is shared listens once it is told to.
 
     Args:
         host: A loopback address or `localhost`; where it is guarded any of this machine.
@@ -35,7 +35,8 @@ def bind(host: str, port: int, *, is_guarded: bool = False, is_shared: bool = Fa
         if is_shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((address, port))
-        listener.listen(BACKLOG)
+        if not is_shared:  # the system deals out connections from then on
+            listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()

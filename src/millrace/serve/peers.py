@@ -82,7 +82,7 @@ class Peers:
             names = {path.stem for path in self._folder.iterdir()} - {self._name, GONE}
             names -= {*gone.folded} if gone is not None else set()
             found = await asyncio.gather(*[self._ask(name) for name in sorted(names)])
-            if None not in found or _read(self._folder, GONE) == gone:
+            if _read(self._folder, GONE) == gone:  # else files were put together meanwhile
                 return [one for one in (self._own(), gone, *found) if one is not None]
 
     async def _ask(self, name: str) -> Snapshot | None:

@@ -116,7 +116,7 @@ class SupportsGrpc(Protocol):
     port: int
 
     async def start(self) -> None:
-        """Accept calls."""
+        """Accept calls; once is enough."""
         ...
 
     async def stop(self, drain_s: float) -> bool:
@@ -429,7 +429,8 @@ class Serving:
             await self.catalog.peers.start()
         ready: dict[str, Any] = {"ready": True, "port": spare.getsockname()[1]}
         if self.grpc is not None:
-            await self.grpc.start()
+            if self.welcome.is_set():
+                await self.grpc.start()
             ready["grpc_port"] = self.grpc.port
         print(json.dumps(ready), flush=True)
         return server
@@ -437,6 +438,8 @@ class Serving:
     async def _open(self, listener: socket.socket) -> None:
         await self.welcome.wait()
         self._accept_again(listener)
+        if self.grpc is not None:
+            await self.grpc.start()
 
     @property
     def planes(self) -> list[DataPlane]:

@@ -1,4 +1,5 @@
 """gRPC: `inference.GRPCInferenceService` over the same directory and data planes as HTTP. Imported only when asked for.
 
-`messages` are the protocol's; `frames` and `http2` the transport; `codec` tensors; `service` the calls.
+`frames`, `streams` and `http2` are the transport; `heads` and `calls` what gRPC lays over it; `messages` are the
+protocol's, `codec` tensors, `service` the calls, `listener` the port.
 """

@@ -44,11 +44,15 @@ class GrpcServer:
         self.port: int = self._listener.getsockname()[1]
         self._service = catalog.service
         self.inferences = Inferences(catalog)
+        self._is_started = False
         self._server: asyncio.Server | None = None
         self._coming: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """Accept calls."""
+        """Accept calls; once is enough."""
+        if self._is_started:
+            return
+        self._is_started = True
         loop = asyncio.get_running_loop()
         listener = self._listener.dup()  # the other one keeps the backlog alive while the server stops accepting
         self._server = await loop.create_server(
