@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import warnings
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import trustme
 
 from millrace.formats.session import open_session
 from millrace.serve.grpc.messages import message_type
+from millrace.serve.listen import bind
+from millrace.serve.process import ServerProcess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -230,3 +234,83 @@ def test_the_guard_is_asked(kit: Any, digits_bundle: Path, tmp_path: Path) -> No
             assert Response.FromString(data).model_name == "digits"
     finally:
         assert live.process.stop() == 0
+
+
+def test_sixty_four_callers_each_get_their_own_answer(address: str, kit: Any, offline: Any) -> None:
+    """Over four connections, with rows of different numbers; answers of more than a window among them."""
+    pixels = [kit.make_pixels(1 + seed % 7 * (1 if seed % 16 else 400), seed) for seed in range(64)]
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.insecure_channel(address, options=options) for _ in range(4)]
+    for _ in range(3):
+        calls = []
+        for seed, rows in enumerate(pixels):
+            request = Request(
+                model_name="digits", id=str(seed) if seed % 2 else "", raw_input_contents=[rows.tobytes()]
+            )
+            request.inputs.add(name="pixels", datatype="FP32", shape=rows.shape)
+            calls.append(channels[seed % 4].unary_unary(SERVICE + "ModelInfer").future(request.SerializeToString()))
+        for seed, (call, rows) in enumerate(zip(calls, pixels, strict=True)):
+            response = Response.FromString(call.result(timeout=20))
+            assert response.id == (str(seed) if seed % 2 else "")
+            values = np.frombuffer(response.raw_output_contents[0], np.float32).reshape(-1, 10)
+            np.testing.assert_allclose(values, offline(rows), atol=1e-6)
+    for channel in channels:
+        channel.close()
+
+
+def test_certificates_of_server_and_client(kit: Any, digits_bundle: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    who = authority.issue_cert("lee@example.com", common_name="lee")
+    live = kit.Live(kit.child_config(
+        digits_bundle, grpc_port=0, tls_cert=str(tmp_path / "server.pem"), tls_client_ca=str(tmp_path / "ca.pem"),
+        access_log=str(tmp_path / "access.jsonl"),
+    ))  # fmt: skip
+    try:
+        pixels = kit.make_pixels(3000)
+        request = Request(model_name="digits", raw_input_contents=[pixels.tobytes()])
+        request.inputs.add(name="pixels", datatype="FP32", shape=pixels.shape)
+        root, key = authority.cert_pem.bytes(), who.private_key_pem.bytes()
+        chain = b"".join(part.bytes() for part in who.cert_chain_pems)
+        place = f"localhost:{live.process.grpc_port}"
+        with grpc.secure_channel(place, grpc.ssl_channel_credentials(root, key, chain)) as channel:
+            data = channel.unary_unary(SERVICE + "ModelInfer")(request.SerializeToString(), timeout=20)
+        assert len(Response.FromString(data).raw_output_contents[0]) == 3000 * 10 * 4
+        with (
+            grpc.secure_channel(place, grpc.ssl_channel_credentials(root)) as channel,
+            pytest.raises(grpc.RpcError) as raised,
+        ):
+            channel.unary_unary(SERVICE + "ServerLive")(b"", timeout=20)
+        assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+    finally:
+        assert live.process.stop() == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert line["client"].startswith("CN=lee,")
+    assert (line["path"], line["grpc_status"]) == (SERVICE + "ModelInfer", 0)
+
+
+def test_processes_share_a_port(kit: Any, digits_bundle: Path) -> None:
+    """Two processes answer at one port; one of them drains, and the calls of all who come after are answered."""
+    with bind("127.0.0.1", 0) as listener, bind("127.0.0.1", 0) as spare:
+        port = spare.getsockname()[1]
+        spare.close()
+        config = kit.child_config(digits_bundle, grpc_port=port)
+        processes = [ServerProcess(config, listener=listener) for _ in range(2)]
+        try:
+            for process in processes:
+                process.wait_ready()
+            first = [_statistics(port) for _ in range(20)]
+            assert processes[0].stop() == 0
+            second = [_statistics(port) for _ in range(10)]
+        finally:
+            assert [process.stop() for process in processes] == [0, 0]
+    assert first + second == ["digits"] * 30
+
+
+def _statistics(port: int) -> str:
+    """Over a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        data = channel.unary_unary(SERVICE + "ModelStatistics")(b"", timeout=20)
+    return message_type("ModelStatisticsResponse").FromString(data).model_stats[0].name

@@ -96,8 +96,10 @@ def test_what_is_measured_corrects_the_calibration() -> None:
         admission.rows = 50
     assert admission.seconds_per_row == pytest.approx(0.1, rel=0.01)
     assert admission.max_rows == 10
-    admission.learn(100, now_ns, now_ns + S)
-    assert admission.max_rows == 100
+    for _ in range(16):
+        admission.learn(100, now_ns, now_ns + S)
+        now_ns += S
+    assert admission.max_rows > 80
 
 
 def test_one_call_that_hung_does_not_close_the_queue_for_good() -> None:
@@ -105,13 +107,12 @@ def test_one_call_that_hung_does_not_close_the_queue_for_good() -> None:
     admission.count(0, 1)
     admission.release(0)
     admission.learn(1, 0, 60 * S)
-    assert admission.seconds_per_row > 10
-    assert admission.max_rows == 1
-    assert admission.admit(0) is None  # one is always let in where nobody waits
-    admission.release(0)
-    admission.learn(1, 100 * S, 100 * S + 10_000_000)
-    assert admission.seconds_per_row == pytest.approx(0.01)
-    assert admission.max_rows == 100
+    assert admission.max_rows == 50
+    for second in range(100, 112):
+        assert admission.admit(0) is None
+        admission.release(0)
+        admission.learn(1, second * S, second * S + 10_000_000)
+    assert admission.max_rows > 90
 
 
 def test_a_few_quick_rows_prove_nothing() -> None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from google.protobuf.message import DecodeError
 
-from millrace.core.errors import MillraceError, UnavailableError
+from millrace.core.errors import UnavailableError
 from millrace.serve import documents
 from millrace.serve.admission import Refusal
 from millrace.serve.batching import RUN_ERRORS, Job
@@ -110,7 +110,7 @@ class Inferences:
                 found = method(request, headers)
             except Failed as failed:
                 call.fail(failed)
-            except MillraceError as error:
+            except RUN_ERRORS as error:
                 call.fail(failed_with(error))
             else:
                 if isinstance(found, dict):
@@ -135,7 +135,7 @@ class Inferences:
                 await work
             except Failed as failed:
                 request.fail(failed)
-            except MillraceError as error:
+            except RUN_ERRORS as error:
                 request.fail(failed_with(error))
 
         task = asyncio.get_running_loop().create_task(run())
@@ -269,7 +269,7 @@ class Inferences:
                 self._decode(request, plane, asked, message)
         except Failed as failed:
             request.fail(failed)
-        except MillraceError as error:
+        except RUN_ERRORS as error:
             request.fail(failed_with(error))
 
     async def _awaited(self, request: Request, asked: Any, message: bytes) -> None:
