@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from millrace.__main__ import open_transport
+from millrace.batch.job import Progress, Summary
 from millrace.cli import predicting
 from millrace.cli.main import cli
 from millrace.cli.session import Session
-from millrace.serve.batch_job import Progress, Summary
 
 PROGRESS = Progress(share=0.5, rows=1234, parts=2, rejected=3)
 SUMMARY = Summary(

@@ -28,13 +28,13 @@ from attacked import Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millrace.batch.output import open_writer
 from millrace.core.errors import SpecError
 from millrace.core.spec_errors import load_spec, parse_spec
 from millrace.core.spec_source import MAX_NODES
 from millrace.core.types import Event
 from millrace.core.visible import LineFormatter, visible
 from millrace.formats.signature import Signature
-from millrace.serve.batch_output import open_writer
 from millrace.wiring import open_dispatcher
 
 # --------------------------------------------------------------------------- tables

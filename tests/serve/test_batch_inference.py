@@ -23,17 +23,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millrace.batch import job as batch_job
+from millrace.batch.files import write_file
+from millrace.batch.job import MANIFEST, REJECTED, BatchJob, Progress, run_batch
+from millrace.batch.output import disk_faults, open_writer
+from millrace.batch.parts import cut, find_sources
+from millrace.batch.pool import Pool
+from millrace.batch.rows import read_chunks
 from millrace.core.errors import ConflictError, DiskFullError, InputError, StageError, UnavailableError
 from millrace.formats.bundle import open_bundle
-from millrace.serve import batch_job
-from millrace.serve.batch import write_file
-from millrace.serve.batch_job import MANIFEST, REJECTED, BatchJob, Progress, run_batch
-from millrace.serve.batch_output import disk_faults, open_writer
-from millrace.serve.batch_parts import cut, find_sources
-from millrace.serve.batch_pool import Pool
-from millrace.serve.batch_rows import read_chunks
 
-RUN = "import sys, msgspec; from millrace.serve import batch_job as b; " + (
+RUN = "import sys, msgspec; from millrace.batch import job as b; " + (
     "b.run_batch(msgspec.json.decode(sys.argv[1], type=b.BatchJob), lambda _: None)"
 )
 

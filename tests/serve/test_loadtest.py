@@ -32,10 +32,10 @@ from millrace.cli.session import Session
 from millrace.core.errors import InputError, UnavailableError
 from millrace.core.types import DatasetVersion
 from millrace.formats.dataset import ColumnSchema, Manifest, PartEntry
-from millrace.serve.load_client import Load, Measured, Target
-from millrace.serve.load_report import render_page
-from millrace.serve.load_requests import find_address, make_target
-from millrace.serve.loadtest import run_load, summarise
+from millrace.loadtest.client import Load, Measured, Target
+from millrace.loadtest.report import render_page
+from millrace.loadtest.requests import find_address, make_target
+from millrace.loadtest.run import run_load, summarise
 from millrace.stats.hdr import HdrHistogram, ratio_interval
 from millrace.wiring import open_dispatcher
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millrace.batch.files import predict_file
+from millrace.batch.rows import CHUNK_ROWS, read_chunks, whole
 from millrace.core.errors import InputError
 from millrace.formats.bundle import open_bundle
-from millrace.serve.batch import predict_file
-from millrace.serve.batch_rows import CHUNK_ROWS, read_chunks, whole
 
 CSV = "id,plan,age,income\n1,a,1.5,2\n2,,NA,5\n3,b, 3 ,true\n"
 ANSWERS = [{"value": 13.5}, {"value": 5.0}, {"value": 4.0}]

@@ -13,6 +13,7 @@ import click
 import msgspec
 import numpy as np
 
+from millrace.batch.rows import Chunk, json_rows, read_chunks, whole
 from millrace.cli.render import print_table
 from millrace.cli.session import Session, is_terminal
 from millrace.client.logins import token_for
@@ -21,11 +22,10 @@ from millrace.core.operations.registry import DatasetSample
 from millrace.core.settings import find_home, resolve_settings
 from millrace.formats.bundle import Bundle, open_bundle
 from millrace.formats.rows import encode_rows
-from millrace.serve.batch_rows import Chunk, json_rows, read_chunks, whole
-from millrace.serve.load_client import Load, Measured, Target
-from millrace.serve.load_report import failures_of, milliseconds, render_page
-from millrace.serve.load_requests import DISTINCT, Address, find_address, make_target, trust
-from millrace.serve.loadtest import Report, run_load, summarise
+from millrace.loadtest.client import Load, Measured, Target
+from millrace.loadtest.report import failures_of, milliseconds, render_page
+from millrace.loadtest.requests import DISTINCT, Address, find_address, make_target, trust
+from millrace.loadtest.run import Report, run_load, summarise
 
 _NOTHING = Chunk({}, np.empty(0, np.int64), [])
 

@@ -13,15 +13,15 @@ from typing import Any
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from millrace.batch import job as batch_job
+from millrace.batch.files import predict_file as answer_file
+from millrace.batch.files import write_file
+from millrace.batch.parts import PART_ROWS
 from millrace.cli.render import console
 from millrace.cli.session import is_terminal
 from millrace.core.errors import InputError
 from millrace.core.operations.registry import OpenModelResponse
 from millrace.formats.bundle import Bundle, open_bundle
-from millrace.serve import batch_job
-from millrace.serve.batch import predict_file as answer_file
-from millrace.serve.batch import write_file
-from millrace.serve.batch_parts import PART_ROWS
 
 SHOWN_ROWS = 20
 _LINE_S = 5.0

@@ -1,4 +1,4 @@
-"""Serving: an HTTP data plane, the probe that exercises it inside a run, and answers for files."""
+"""Serving: a data plane over HTTP and gRPC, and the probe that exercises it inside a run."""
 
 from millrace.core.ports import StageDescriptor
 

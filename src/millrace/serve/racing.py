@@ -11,6 +11,8 @@ from millrace.serve.calibrate import CHEAP_ENOUGH, Cost, fit
 from millrace.serve.layouts import Layout
 
 BUDGET_S = 10.0
+DEEP_ENOUGH = 0.1  # a layout does about as much as the best one where a row costs at most so much more
+LONG_ENOUGH_S = 0.01  # of a call: queueing, joining and answering cost about 0.3 ms
 LONGEST_CALL_S = 1.0  # a larger batch than that is not tried
 _MARGINS = (1.5, 1.25, 1.1, 1.05)  # how much worse than the best may stay in, round by round
 _GAIN = 0.97  # beyond four rows twice as many are tried where a row became cheaper by so much
@@ -118,8 +120,8 @@ class Race:
         """The winners so far; of everything that was measured at least once."""
         singles = [one for one in self.timings.values() if one.layout.callers == 1 and one.rows == 1]
         cheapest_s = min(one.row_s for one in self.timings.values())
-        cheap = [one for one in self.timings.values() if one.row_s <= cheapest_s * (1 + CHEAP_ENOUGH)]
-        deep = min(cheap, key=lambda one: (one.rows, one.layout.is_spinning, one.row_s))
+        cheap = [one for one in self.timings.values() if one.row_s <= cheapest_s * (1 + DEEP_ENOUGH)]
+        deep = min(cheap, key=_preferred)
         soonest_s = min(one.row_s for one in singles)
         soon = [one for one in singles if one.row_s <= soonest_s * (1 + CHEAP_ENOUGH)]
         shallow = min(
@@ -164,6 +166,13 @@ class Race:
         call_s = {one.rows: one.call_s for one in self.timings.values() if one.layout == layout}
         cost = fit(call_s)
         return Cost(base_s=cost.base_s, per_row_s=cost.per_row_s, best_rows=rows)
+
+
+def _preferred(one: Timing) -> tuple[int, bool, bool, int, float]:
+    """Of what does about as much: calls that need not wait for each other's threads, since under load others want the
+    processors too; long enough that what surrounds a call costs little; then the shortest."""
+    layout = one.layout
+    return -layout.callers, layout.is_spinning, one.call_s < LONG_ENOUGH_S, one.rows, one.row_s
 
 
 def _shares_session(one: Layout, other: Layout) -> bool:

@@ -8,8 +8,8 @@ from html import escape
 
 import numpy as np
 
-from millrace.serve.load_client import Measured
-from millrace.serve.loadtest import Ratio, Report, Row
+from millrace.loadtest.client import Measured
+from millrace.loadtest.run import Ratio, Report, Row
 from millrace.stats.hdr import HdrHistogram
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 300, 64, 16, 40

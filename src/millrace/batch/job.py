@@ -18,14 +18,14 @@ from typing import IO, Any, Literal
 
 import msgspec
 
+from millrace.batch.output import check_format, disk_faults, open_writer
+from millrace.batch.parts import PART_ROWS, Part, Source, cut, find_sources
+from millrace.batch.pool import Pool
+from millrace.batch.rows import Rejection, check_columns, read_chunks
 from millrace.core.errors import ConflictError, InputError
 from millrace.core.types import Struct
 from millrace.formats.bundle import open_bundle
 from millrace.formats.session import open_session
-from millrace.serve.batch_output import check_format, disk_faults, open_writer
-from millrace.serve.batch_parts import PART_ROWS, Part, Source, cut, find_sources
-from millrace.serve.batch_pool import Pool
-from millrace.serve.batch_rows import Rejection, check_columns, read_chunks
 
 MANIFEST = "_manifest.jsonl"
 REJECTED = "rejected.jsonl"

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from millrace.batch.output import disk_faults, open_writer
+from millrace.batch.rows import Chunk, read_chunks, whole
 from millrace.core.errors import InputError
 from millrace.formats.bundle import Bundle
 from millrace.formats.rows import decode_answers
 from millrace.formats.session import open_session
-from millrace.serve.batch_output import disk_faults, open_writer
-from millrace.serve.batch_rows import Chunk, read_chunks, whole
 
 
 def predict_file(bundle: Bundle, variant: str, path: Path, threads: int = 1) -> Iterator[dict[str, Any]]:

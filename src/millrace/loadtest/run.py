@@ -12,7 +12,7 @@ import uvloop
 
 from millrace.core.errors import InputError
 from millrace.core.types import Struct
-from millrace.serve.load_client import Client, Load, Measured, Phase, Target
+from millrace.loadtest.client import Client, Load, Measured, Phase, Target
 from millrace.stats.hdr import ratio_interval
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)

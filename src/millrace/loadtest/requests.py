@@ -16,7 +16,7 @@ import orjson
 from millrace.core.errors import DeniedError, InputError, NotFoundError, UnavailableError
 from millrace.core.types import Struct
 from millrace.formats.signature import Dtype, TensorSpec
-from millrace.serve.load_client import Target
+from millrace.loadtest.client import Target
 from millrace.serve.tensors import DATATYPES, to_bytes
 
 BODIES = ("binary", "json", "rows")

@@ -8,9 +8,9 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from millrace.batch.rows import CountedLines, Span, csv_reader, suffix_of, whole
 from millrace.core.errors import InputError
 from millrace.core.types import Struct
-from millrace.serve.batch_rows import CountedLines, Span, csv_reader, suffix_of, whole
 
 PART_ROWS = 1 << 18
 _ENDS_BYTES = 1 << 20

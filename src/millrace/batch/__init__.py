@@ -1,0 +1,1 @@
+"""Batch inference: answers for files of rows, on all cores, written once."""
