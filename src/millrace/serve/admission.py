@@ -15,6 +15,7 @@ from millrace.serve.clients import Client
 RETRY_AFTER_MAX_S = 30
 QUEUE_S = 1.0
 LEARN_S = 0.1  # for so long there must have been something to do before a measured speed counts
+MARGIN = 1.15  # of a measured cost: a shorter queue costs no answers, a longer one keeps people waiting
 QUICKER_SHARE = 0.25  # of the way to a lower cost that one measurement is believed
 REFUSALS_PER_S = 1000.0  # of all clients together: answering a refusal costs about 30 us
 REFUSED_BYTES_PER_S = 32e6  # of their bodies: receiving a megabyte costs a millisecond or more of both sides
@@ -195,7 +196,8 @@ class Admission:
         While there was always work for `LEARN_S`, rows per time is the speed. That the model has become slower is
         believed at once, up to twice as slow (one call that hung is no speed); that it is quicker little by little: a
         queue that is shorter than it may be costs nothing, a longer one keeps people waiting. A shorter time can only
-        show that a row costs less than was believed: a few rows at once do not reach full speed.
+        show that a row costs less than was believed: a few rows at once do not reach full speed. What was measured is
+        taken for a little more, since the next rows may take longer.
 
         Args:
             rows: That were answered.
@@ -207,6 +209,7 @@ class Admission:
         took_s = (now_ns - self.busy_since_ns) / 1e9
         cost_s, believed_s = took_s / max(1, self._busy_rows), self._seconds_per_row
         if took_s >= LEARN_S:
+            cost_s *= MARGIN
             quicker_s = believed_s + QUICKER_SHARE * (cost_s - believed_s)
             self._believe(min(cost_s, 2 * believed_s) if cost_s > believed_s else quicker_s)
             self.busy_since_ns, self._busy_rows = now_ns, 0
