@@ -14,11 +14,12 @@ import numpy as np
 from millrace.formats.signature import Signature
 from millrace.serve.batching import RUN_ERRORS, Call
 from millrace.serve.dataplane import DataPlane
+from millrace.serve.layouts import cores
 from millrace.serve.revisions import Revision
 
 MAX_CALLS = 64  # that wait; what comes then is dropped
 MAX_BYTES = 16 << 20
-DUTY = 0.1  # the share of the time that its thread works
+DUTY, LONE_DUTY = 0.1, 0.005  # the share of the time that its thread works; where there is only one processor
 LOOK_S = 2e-3  # between looks at whether somebody still waits for an answer
 PATIENCE_S = 1.0  # where somebody always does, a copy a second runs all the same
 TOLERANCE = 1e-3  # relative; two numbers closer than that are the same answer
@@ -42,6 +43,7 @@ class Shadow:
         self._bytes = 0  # waiting; of the loop's thread
         self._done_bytes = 0  # no longer waiting; of this thread
         self._came, self._closed = threading.Event(), threading.Event()
+        self._rest = 1 / (DUTY if cores() > 1 else LONE_DUTY) - 1  # after so many times as long as it worked
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
         self._thread.start()
         plane.closing = self.close
@@ -77,7 +79,7 @@ class Shadow:
                 call, size = self._calls.popleft()
                 self._compare(call)
                 self._done_bytes += size
-                self._closed.wait((time.perf_counter() - began) * (1 / DUTY - 1))
+                self._closed.wait((time.perf_counter() - began) * self._rest)
 
     def _let_pass(self) -> None:
         """Who waits for an answer comes first. A low priority would not do: a thread that the kernel sets aside
