@@ -240,9 +240,8 @@ def main() -> None:
             dense_model(model)
         result = measure(model, arguments.seconds, arguments.rounds, folder)
     raw = result["raw"]
-    print(
-        f"model: {arguments.model or 'dense 64-128-64-10'}; a raw onnxruntime call of one row takes {raw * 1e6:.0f} us"
-    )
+    name = arguments.model.name if arguments.model else "dense 64-128-64-10"
+    print(f"model: {name}; a raw onnxruntime call of one row takes {raw * 1e6:.0f} us")
     print(f"start to ready: {result['ready']:.2f} s (aim 0.5)")
     for case in ("ours binary", "ours json"):
         share = result[f"{case} rps c=64"] * raw
