@@ -58,7 +58,7 @@ def server_context(cert: str, key: str = "", client_ca: str = "") -> ssl.SSLCont
 
 
 def subject_of(certificate: Mapping[str, Any] | None) -> str:
-    """Whose certificate it is, in one line (RFC 4514), the nearest first; empty without one or its subject.
+    r"""Whose certificate it is, in one line (RFC 4514), the nearest first; empty without one or its subject.
 
     Args:
         certificate: As of `ssl.SSLSocket.getpeercert`.
