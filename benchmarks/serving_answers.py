@@ -16,14 +16,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from plain_bundles import plain_bundle, saved
 from storming import binary_body
 
-from millrace.formats.bundle import BundleContents, write_bundle
-from millrace.formats.session import open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.child import ChildConfig
 from millrace.serve.process import ServerProcess
@@ -40,20 +38,14 @@ def sum_bundle(folder: Path) -> Path:
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 2])]
     outputs = [helper.make_tensor_value_info("value", TensorProto.FLOAT, ["rows", 1])]
     graph = helper.make_graph(nodes, "sum", inputs, outputs, [axis])
-    path = folder / "sum.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    path = saved(graph, folder / "sum.onnx")
     signature = Signature(
         task="regression", label="y",
         inputs=[TensorSpec(name="x", dtype="float32", shape=[-1, 2], semantic="number", columns=["a", "b"])],
         outputs=[TensorSpec(name="value", dtype="float32", shape=[-1, 1], semantic="value")],
     )  # fmt: skip
     tensors = {"x": np.ones((2, 2), np.float32)}
-    contents = BundleContents(
-        model=path, variants={}, signature=signature, metrics=[], lineage={}, guarantees={}, reference={},
-        golden={"inputs": tensors, "outputs": open_session(path).run(tensors)},
-    )  # fmt: skip
-    write_bundle(folder / "bundle", contents)
-    return folder / "bundle"
+    return plain_bundle(folder / "bundle", path, signature, tensors)
 
 
 def kind_of(number: int) -> int:

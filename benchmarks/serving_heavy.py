@@ -28,9 +28,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from plain_bundles import plain_bundle
 from serving import wrk
 
-from millrace.formats.bundle import BundleContents, write_bundle
 from millrace.formats.session import Session, open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.child import ChildConfig
@@ -152,14 +152,7 @@ def bundle_of(case: Case, folder: Path) -> Path:
         task="classification", inputs=[case.spec], label="y", classes=[str(number) for number in range(10)],
         outputs=[TensorSpec(name="probabilities", dtype="float32", shape=[-1, 10], semantic="probabilities")],
     )  # fmt: skip
-    tensors = {case.spec.name: case.row}
-    outputs = open_session(case.model).run(tensors)
-    contents = BundleContents(
-        model=path, variants={}, signature=signature, metrics=[], lineage={}, guarantees={}, reference={},
-        golden={"inputs": tensors, "outputs": outputs},
-    )  # fmt: skip
-    write_bundle(folder / case.name, contents)
-    return folder / case.name
+    return plain_bundle(folder / case.name, path, signature, {case.spec.name: case.row})
 
 
 def bodies(case: Case, folder: Path) -> dict[str, dict[str, str]]:

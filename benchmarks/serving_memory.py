@@ -15,15 +15,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from plain_bundles import plain_bundle, saved
 from serving import CORES, on_first_core
 from storming import binary_body, memory_mb, storm, write_bodies
 
-from millrace.formats.bundle import BundleContents, write_bundle
-from millrace.formats.session import open_session
 from millrace.formats.signature import Signature, TensorSpec
 from millrace.serve.child import ChildConfig
 from millrace.serve.process import ServerProcess
@@ -50,20 +48,14 @@ def token_bundle(folder: Path) -> Path:
     inputs = [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["rows", "length"])]
     outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])]
     graph = helper.make_graph(nodes, "tokens", inputs, outputs, weights)
-    path = folder / "tokens.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    path = saved(graph, folder / "tokens.onnx")
     signature = Signature(
         task="classification", inputs=[TensorSpec(name="tokens", dtype="int64", shape=[-1, -1])], label="y",
         outputs=[TensorSpec(name="probabilities", dtype="float32", shape=[-1, 10], semantic="probabilities")],
         classes=[str(number) for number in range(10)],
     )  # fmt: skip
     tensors = {"tokens": rng.integers(0, VOCABULARY, (2, 7))}
-    contents = BundleContents(
-        model=path, variants={}, signature=signature, metrics=[], lineage={}, guarantees={}, reference={},
-        golden={"inputs": tensors, "outputs": open_session(path).run(tensors)},
-    )  # fmt: skip
-    write_bundle(folder / "bundle", contents)
-    return folder / "bundle"
+    return plain_bundle(folder / "bundle", path, signature, tensors)
 
 
 def main() -> None:

@@ -20,15 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from plain_bundles import plain_bundle, saved
 from serving import CORES, SIGNATURE, dense_model, on_first_core, write_small_bundle
 from storming import binary_body, storm, write_bodies
 
-from millrace.formats.bundle import BundleContents, open_bundle, write_bundle
-from millrace.formats.session import open_session
+from millrace.formats.bundle import open_bundle
 from millrace.serve.hosting import HostConfig, HostedModel, HostProcess, ModelState
 from millrace.serve.tuning import processor
 
@@ -50,16 +49,9 @@ def slow_bundle(folder: Path) -> Path:
     inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["rows", 64])]
     outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])]
     graph = helper.make_graph(nodes, "slow", inputs, outputs, weights)
-    path = folder / "slow.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    path = saved(graph, folder / "slow.onnx")
     tensors = {"pixels": rng.normal(size=(4, 64)).astype(np.float32)}
-    contents = BundleContents(
-        model=path, variants={}, signature=SIGNATURE, metrics=[], lineage={}, guarantees={}, reference={},
-        golden={"inputs": tensors, "outputs": open_session(path).run(tensors)},
-    )  # fmt: skip
-    (folder / "slow").mkdir()
-    write_bundle(folder / "slow" / "bundle", contents)
-    return folder / "slow" / "bundle"
+    return plain_bundle(folder / "slow", path, SIGNATURE, tensors)
 
 
 def hosted(bundle: Path, version: str, *, is_shadow: bool = False) -> HostedModel:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import grpc
 import msgspec
 import pytest
 
@@ -41,13 +42,18 @@ def predict(port: int) -> int:
         connection.close()
 
 
-def open_group(bundle: Path, kit: ModuleType) -> Any:
-    return kit.Live(msgspec.structs.replace(kit.child_config(bundle, tune_s=0.0), processes=2))
+def open_group(bundle: Path, kit: ModuleType, **server: Any) -> Any:
+    return kit.Live(msgspec.structs.replace(kit.child_config(bundle, tune_s=0.0, **server), processes=2))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return holder.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def group(digits_bundle: Path, kit: ModuleType) -> Iterator[Any]:
-    live = open_group(digits_bundle, kit)
+    live = open_group(digits_bundle, kit, grpc_port=free_port())
     yield live
     assert live.process.stop() == 0
 
@@ -64,6 +70,13 @@ def test_both_take_connections_and_the_parent_counts_each_request_once(group: An
     assert rows == 60
     assert len(members_of(group.process.pid)) == 2
     assert len([frame for frame in frames if frame.counters.get("rows", 0)]) >= 2
+
+
+def test_where_grpc_is_answered_is_told(group: Any) -> None:
+    assert group.process.grpc_port > 0
+    with grpc.insecure_channel(f"127.0.0.1:{group.process.grpc_port}") as channel:
+        live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=10)
+    assert live == b"\x08\x01"
 
 
 def test_metrics_and_statistics_are_of_all_processes(group: Any) -> None:

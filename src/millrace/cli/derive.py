@@ -49,6 +49,13 @@ HELP = {
     "apply": "Do it; without, only say what would be done.",
 }
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+client_rate_option = click.option(
+    "--client-rate", type=click.FloatRange(min=0), metavar="N", help="Requests of one client per second; 0: any number."
+)
+queue_s_option = click.option(
+    "--queue-s", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="Nobody is let in behind so many predicted seconds of work.",
+)  # fmt: skip
 
 
 def derive_command(

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from millrace.cli.derive import json_option
+from millrace.cli.derive import client_rate_option, json_option, queue_s_option
 from millrace.cli.session import Session
 from millrace.core import extras
 from millrace.core.errors import StageError, UnavailableError
@@ -74,13 +74,8 @@ class Replicas(click.ParamType):
     metavar="NETWORK",
     help="A proxy at this address or in this network speaks HTTPS; nobody else is answered. May be repeated.",
 )
-@click.option(
-    "--client-rate", type=click.FloatRange(min=0), metavar="N", help="Requests of one client per second; 0: any number."
-)
-@click.option(
-    "--queue-s", type=click.FloatRange(min=0, min_open=True), metavar="S",
-    help="Nobody is let in behind so many predicted seconds of work.",
-)  # fmt: skip
+@client_rate_option
+@queue_s_option
 @click.option("--access-log", default="", metavar="FILE", help="A line of JSON for each request of an endpoint.")
 @click.option(
     "--trace", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE", help="Begin a trace for this share of them."

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from millrace.cli.derive import json_option
+from millrace.cli.derive import client_rate_option, json_option, queue_s_option
 from millrace.cli.session import Session, plain
 from millrace.core import extras
 from millrace.core.errors import ConflictError, InputError, NotFoundError, from_dict
@@ -232,13 +232,8 @@ def compress(session: Session, path: str, as_json: bool, **options: Any) -> None
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="Clients call the server by this name too.")
 @click.option("--threads", type=click.IntRange(0, 256), help="Of one call; 0, the default: found out by measuring.")
 @click.option("--slo-p99-ms", type=float, metavar="MS", help="Of 100 requests 99 within that: batches take half of it.")
-@click.option(
-    "--client-rate", type=click.FloatRange(min=0), metavar="N", help="Requests of one client per second; 0: any number."
-)
-@click.option(
-    "--queue-s", type=click.FloatRange(min=0, min_open=True), metavar="S",
-    help="Nobody is let in behind so many predicted seconds of work.",
-)  # fmt: skip
+@client_rate_option
+@queue_s_option
 @click.option("--explain", is_flag=True, help="Say how the model is called best on this machine, and exit.")
 @click.option("--variant", help="Default: the variant that the version chose.")
 @click.option("--name", help="Of the endpoint, for one path. Default: from the class, the folder, the ensemble.")

@@ -57,7 +57,7 @@ def deploy_endpoint(services: Services, body: ops.DeployRequest) -> Endpoint:
                 id=body.endpoint, project=version.project, name=body.endpoint, model=version.name,
                 created_at=old.created_at if old else 0.0,
                 alias=alias or (None if ref.number is not None else "champion"), number=version.number,
-                variant=body.variant or "", state=WANTED, is_managed=True, 
+                variant=body.variant or "", state=WANTED, is_managed=True,
                 is_isolated=body.isolate or (body.min_replicas, most) != (1, 1),
                 min_replicas=body.min_replicas, max_replicas=most,
                 threads=body.threads, slo_p99_ms=body.slo_p99_ms,

@@ -14,6 +14,7 @@ import msgspec
 from millrace.control.authorisation import acting_as
 from millrace.control.callers import Callers
 from millrace.control.canaries import PRINCIPAL, Action, Canary, Facts, decide
+from millrace.control.deploying import READY, WANTED
 from millrace.control.dispatch import Dispatcher
 from millrace.control.endpoints import calibrations_of, captures_of, sections_of, wanted_number
 from millrace.control.hosts import BACKOFF_S, SHARED, Host, News, Replica, Wanted, key_of
@@ -32,7 +33,7 @@ from millrace.serve.hosting import HostConfig, HostedModel, ModelState
 from millrace.serve.telemetry import TelemetryFrame
 from millrace.store.leases import check_fence
 
-WANTED, STARTING, READY, FAILED, STOPPED = "wanted", "starting", "ready", "failed", "stopped"
+STARTING, FAILED, STOPPED = "starting", "failed", "stopped"
 RETRY_S = 5.0  # between looks at a version that cannot be served
 AT_ZERO = "nobody has asked for a while: no replica runs, the next request starts one"
 log = logging.getLogger(__name__)

@@ -151,7 +151,7 @@ def serve_group(config: ChildConfig) -> int:
                 member.start()
             for member in members:
                 member.wait_ready()
-            print(json.dumps({"ready": True, "port": port}), flush=True)
+            print(json.dumps({"ready": True, "port": port, "grpc_port": server.grpc_port or 0}), flush=True)
             while not stop.wait(LOOK_S):
                 if server.parent_pid is not None and os.getppid() != server.parent_pid:
                     break
