@@ -211,7 +211,8 @@ def test_texts_raw_and_typed(kit: Any, table_bundle: Path) -> None:
 def test_the_guard_is_asked(kit: Any, digits_bundle: Path, tmp_path: Path) -> None:
     token = "mr_" + "a" * 40
     tokens = tmp_path / "tokens"
-    tokens.write_text(token + "\n", encoding="utf-8")
+    admin = "mr_" + "b" * 40
+    tokens.write_text(f"{token}\n{admin} admin\n", encoding="utf-8")
     tokens.chmod(0o600)
     live = kit.Live(kit.child_config(digits_bundle, grpc_port=0, token_file=str(tokens)))
     try:
@@ -232,6 +233,13 @@ def test_the_guard_is_asked(kit: Any, digits_bundle: Path, tmp_path: Path) -> No
             metadata = [("authorization", f"Bearer {token}")]
             data = channel.unary_unary(SERVICE + "ModelInfer")(request.SerializeToString(), metadata=metadata)
             assert Response.FromString(data).model_name == "digits"
+            named = message_type("RepositoryModelLoadRequest")(model_name="digits").SerializeToString()
+            for method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+                with pytest.raises(grpc.RpcError) as raised:
+                    channel.unary_unary(SERVICE + method)(named, metadata=metadata)
+                assert raised.value.code() == grpc.StatusCode.PERMISSION_DENIED
+            metadata = [("authorization", f"Bearer {admin}")]
+            assert channel.unary_unary(SERVICE + "RepositoryModelLoad")(named, metadata=metadata) == b""
     finally:
         assert live.process.stop() == 0
 

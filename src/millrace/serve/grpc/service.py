@@ -28,6 +28,9 @@ from millrace.serve.revisions import Revisions
 NAME = "inference.GRPCInferenceService"
 _INFER, _STREAM = f"/{NAME}/ModelInfer".encode(), f"/{NAME}/ModelStreamInfer".encode()
 _ANSWERED = ("infer", 200)
+_PATHS = {  # of the methods that HTTP has elsewhere than below the model's own path
+    "RepositoryModelLoad": "/v2/repository/models/{}/load", "RepositoryModelUnload": "/v2/repository/models/{}/unload",
+}  # fmt: skip
 Method = Callable[[Any, Mapping[bytes, bytes]], Awaitable[dict[str, Any]] | dict[str, Any]]
 
 
@@ -149,7 +152,8 @@ class Inferences:
         guard = self._service.guard
         if guard is None or method in ("ServerLive", "ServerReady"):
             return
-        path = f"/v2/models/{quote(name, safe='')}" if name else "/v2"
+        within = _PATHS.get(method, "/v2/models/{}")
+        path = within.format(quote(name, safe="")) if name else "/v2"
         denial = guard.check(path.encode(), headers)
         if denial is not None:
             raise Failed(denial.status, denial.message)
@@ -246,7 +250,7 @@ class Inferences:
         plane = self._directory.find(name).primary
         refusal = plane.refusal(size, len(call.connection.streams) - 1, self._client(call))
         if refusal is not None:
-            self._refuse(call, plane, refusal)
+            self._refuse(call, plane, refusal, size)
         return refusal is not None
 
     def infer(self, request: Request, message: bytes) -> None:
@@ -292,7 +296,7 @@ class Inferences:
     def _decode(self, request: Request, plane: DataPlane, message: Any, data: bytes) -> None:
         refusal = plane.refusal(len(data), len(request.connection.streams) - 1, self._client(request))
         if refusal is not None:
-            self._refuse(request, plane, refusal)
+            self._refuse(request, plane, refusal, len(data))
             return
         codec = self._codec(plane)
         try:
@@ -320,9 +324,9 @@ class Inferences:
         refusal = plane.submit(job, len(request.connection.streams) - 1)
         if refusal is not None:
             request.waiting = None
-            self._refuse(request, plane, refusal)
+            self._refuse(request, plane, refusal, job.size_bytes)
 
-    def _refuse(self, request: Request, plane: DataPlane, refusal: Refusal) -> None:
+    def _refuse(self, request: Request, plane: DataPlane, refusal: Refusal, size_bytes: int) -> None:
         """The refusal, held back as HTTP's are."""
         request.info = plane.info
         failed = Failed(refusal.status, refusal.message, refusal.retry_after_s)
@@ -331,7 +335,7 @@ class Inferences:
             plane.metrics.requests["infer", failed.status] += 1
             request.fail(failed)
 
-        if not self._service.pacer.hold(send, plane.admission.hold_s):
+        if not self._service.pacer.hold(send, plane.admission.hold_s, size_bytes):
             send()
 
     def _codec(self, plane: DataPlane) -> Codec:
